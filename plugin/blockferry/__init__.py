@@ -1,0 +1,1 @@
+"""Block-level backup and instant restore for borg and restic."""

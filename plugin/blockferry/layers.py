@@ -1,0 +1,169 @@
+"""Things that can be read at an offset, and stacks of them.
+
+A `Layer` answers for the bytes of its extent set. A `Stack` puts layers over each other: for every byte the first
+layer that has it wins, and a byte that none has reads as zero. Restoring, merging, verifying, exporting and undoing
+are all reads of some stack.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Protocol, Self, runtime_checkable
+
+from blockferry.errors import VolumeError
+from blockferry.extents import ExtentSet
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """Random access to some of a volume's bytes.
+
+    `read_into` may be called from several threads at once.
+    """
+
+    @property
+    def size(self) -> int:
+        """The size of the volume, in bytes."""
+
+    @property
+    def extents(self) -> ExtentSet:
+        """The bytes that this layer answers for."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from `offset` on; bytes outside `extents` read as zero.
+
+        Raise BlockferryError if a byte cannot be had: a layer never makes one up.
+        """
+
+    def stream(self, extents: ExtentSet, batch: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield `(offset, bytes)` of the extents in order, in pieces of at most `batch` bytes.
+
+        Reads ahead where that is faster. A yielded view is valid until the next step.
+        """
+
+    def close(self) -> None:
+        """Let go of files, processes and locks. Closing twice is allowed."""
+
+
+class BaseLayer:
+    """What most layers share: streaming by plain reads, and being a context manager."""
+
+    size: int
+    extents: ExtentSet
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer; each kind of layer says how."""
+        raise NotImplementedError
+
+    def stream(self, extents: ExtentSet, batch: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield the extents' bytes in order, from one buffer that is filled again at each step."""
+        buffer = memoryview(bytearray(batch))
+        for start, length in extents:
+            for offset in range(start, start + length, batch):
+                piece = buffer[: min(batch, start + length - offset)]
+                self.read_into(offset, piece)
+                yield offset, piece
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+class FileLayer(BaseLayer):
+    """All bytes of an open file or block device, from `base` on."""
+
+    def __init__(self, descriptor: int, size: int, *, base: int = 0, name: str = "volume") -> None:
+        """Borrow `descriptor`: whoever opened it closes it."""
+        self.descriptor = descriptor
+        self.size = size
+        self.extents = ExtentSet.whole(size)
+        self.base = base
+        self.name = name
+        self.bytes_read = 0
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer by `preadv`; raise VolumeError if the volume fails, vanished or shrank."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], self.base + offset + done)
+            except OSError as error:
+                gone = error.errno in (errno.ENXIO, errno.ENODEV)
+                raise VolumeError(
+                    f"{self.name}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}",
+                    remedy="The device vanished." if gone else "Look at the kernel log: the disk may be failing.",
+                ) from None
+            if not count:
+                raise VolumeError(
+                    f"{self.name}: ends at {offset + done}, but had {self.size} bytes when the backup began",
+                    remedy="Do not resize a volume while it is backed up; run the backup again.",
+                )
+            done += count
+        self.bytes_read += done
+
+
+class CutLayer(BaseLayer):
+    """Another layer, answering only for some extents: the rest reads as zero."""
+
+    def __init__(self, layer: Layer, extents: ExtentSet, *, gap: int = 64 << 10) -> None:
+        """Answer for `extents` of `layer`; gaps of at most `gap` bytes are read through and then zeroed."""
+        self.layer = layer
+        self.size = layer.size
+        self.extents = extents.intersection(layer.extents)
+        self.gap = gap
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read what is wanted of the layer below and zero everything else."""
+        wanted = self.extents.clip(offset, offset + len(buffer))
+        position = offset
+        for start, length in wanted.coalesce(self.gap):
+            self.layer.read_into(start, buffer[start - offset : start - offset + length])
+        for start, length in wanted:
+            _zero(buffer[position - offset : start - offset])
+            position = start + length
+        _zero(buffer[position - offset :])
+
+    def close(self) -> None:
+        """Close the layer below."""
+        self.layer.close()
+
+
+class Stack(BaseLayer):
+    """Layers in order: for each byte the first that has it wins; a byte that none has is zero."""
+
+    def __init__(self, layers: list[Layer], size: int) -> None:
+        self.layers = layers
+        self.size = size
+        self.extents = ExtentSet.empty().union(*(layer.extents for layer in layers))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read every byte from the first layer that has it."""
+        missing = ExtentSet.from_pairs([(offset, len(buffer))])
+        for layer in self.layers:
+            found = missing.intersection(layer.extents)
+            for start, length in found:
+                layer.read_into(start, buffer[start - offset : start - offset + length])
+            if found:
+                missing = missing.difference(found)
+            if not missing:
+                return
+        for start, length in missing:
+            _zero(buffer[start - offset : start - offset + length])
+
+    def close(self) -> None:
+        """Close every layer."""
+        for layer in self.layers:
+            layer.close()
+
+
+def _zero(view: memoryview) -> None:
+    """Set every byte of the view to zero."""
+    if len(view):
+        view[:] = bytes(len(view))

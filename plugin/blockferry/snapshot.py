@@ -1,0 +1,137 @@
+"""What a backup leaves behind: an image item, and beside it a record that describes it.
+
+The record (`blockferry.json`) and the block map (`blockferry.map`) lie in the same archive as the image; everything
+else that blockferry knows can be made again from them. `docs/format.md` is the page from which a stranger can read
+them. A repository is untrusted input: `Record.from_json` checks what it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+import secrets
+from typing import Any
+
+from blockferry.errors import DamagedSnapshotError
+
+RECORD_NAME = "blockferry.json"
+MAP_NAME = "blockferry.map"
+SCHEMA = 1
+
+
+class Tier(enum.StrEnum):
+    """The step of the ladder that a backup took."""
+
+    CHANGED = "changed"
+    USED = "used"
+    WHOLE = "whole"
+
+
+class Stability(enum.StrEnum):
+    """How still the volume held while it was read."""
+
+    OFFLINE = "offline"
+    """Nobody could write: not mounted, or mounted read-only."""
+    FROZEN = "frozen"
+    """The filesystem was made consistent and held: an LVM snapshot, fsfreeze."""
+    CRASH_CONSISTENT = "crash-consistent"
+    """One instant, as after a power cut: a reflink copy of an image in use."""
+    LIVE = "live"
+    """Nothing held: blocks may be of different instants."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The self-description of a snapshot. Sizes in bytes, times in UTC (ISO 8601)."""
+
+    snapshot: str
+    created: str
+    host: str
+    volume: str
+    """The volume's name, which groups its snapshots."""
+    path: str
+    size: int
+    block_size: int
+    filesystem: str
+    identity: dict[str, str]
+    tier: Tier
+    tier_reason: str
+    method: str
+    """Who listed the blocks in use."""
+    stability: Stability
+    freeze: str
+    """What made the volume hold still."""
+    unit: int
+    """The chunk (borg) or segment (restic) size: the grid on which the image is stored."""
+    bytes_used: int
+    bytes_changed: int
+    base: str | None = None
+    checkpoints: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    blockferry: str = ""
+    """The version that wrote it."""
+    schema: int = SCHEMA
+
+    def to_json(self) -> bytes:
+        """Return the stored form."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, stored: bytes, where: str) -> Record:
+        """Return the record; raise DamagedSnapshotError, naming `where`, if it is not one that we can read."""
+        try:
+            fields = json.loads(stored)
+            schema = fields["schema"]
+            if schema != SCHEMA:
+                raise DamagedSnapshotError(
+                    f"{where}: written in record schema {schema!r}; this blockferry reads {SCHEMA}",
+                    remedy="Use the blockferry that wrote it, or a newer one; docs/format.md has the layout.",
+                )
+            known = {field.name: field for field in dataclasses.fields(cls)}
+            values = {name: fields[name] for name in known if name in fields}
+            values["tier"], values["stability"] = Tier(values["tier"]), Stability(values["stability"])
+            record = cls(**values)
+            numbers = (record.size, record.block_size, record.unit, record.bytes_used, record.bytes_changed)
+            if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers) or not record.unit:
+                raise ValueError("a size is not a number of bytes")
+            if not all(isinstance(text, str) for text in (record.snapshot, record.volume, record.path, record.created)):
+                raise ValueError("a name is not a text")
+            return record
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise DamagedSnapshotError(
+                f"{where}: the record cannot be read: {error}",
+                remedy="Check the repository with its own tool (borg check, restic check).",
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """One snapshot as a repository lists it, without reading its record."""
+
+    id: str
+    archive: str
+    """What the repository's own tool calls it: an archive's name, or restic's snapshot id."""
+    volume: str
+    created: str
+    size: int
+    tier: str
+    base: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What `Repository.store` did: the snapshot, and the bytes by which the repository grew."""
+
+    snapshot: Snapshot
+    bytes_stored: int
+
+
+def new_snapshot_id() -> str:
+    """Return an id for a new snapshot: 12 hexadecimal digits that no other has."""
+    return secrets.token_hex(6)
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as records carry it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

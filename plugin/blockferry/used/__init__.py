@@ -1,0 +1,1 @@
+"""Which blocks of a volume are in use: one module a filesystem, and the kernel for mounted ones."""
