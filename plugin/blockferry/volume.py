@@ -34,8 +34,12 @@ class Mount:
     filesystem: str
     read_only: bool
     device: tuple[int, int]
+    id: int
+    """The mount's own number, by which an open file names it (/proc/PID/fdinfo)."""
     superblock: tuple[int, int]
     """What the kernel calls the mounted filesystem: the device, but for btrfs a number of its own."""
+    options: frozenset[str] = frozenset()
+    """The superblock's own options, as the kernel lists them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,9 @@ class Volume:
     def open(self) -> Iterator[FileLayer]:
         """Open for reading, as a layer of all its bytes."""
         with contextlib.closing(_Descriptor(self.path)) as opened:
+            if self.is_device:
+                # A mounted XFS or btrfs writes past the device's page cache: what an earlier reader left there is old.
+                os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_DONTNEED)
             os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield FileLayer(opened.number, self.size, base=self.offset, name=self.path)
 
@@ -172,9 +179,10 @@ def all_mounts() -> list[Mount]:
         fields, (filesystem, source, options) = left.split(), right.split(" ", 2)
         superblock = _parse_numbers(fields[2])
         # The superblock's own options say whether anything can write; a read-only bind mount does not.
-        read_only = "ro" in options.split(",")
+        chosen = frozenset(options.strip().split(","))
         devices = _btrfs_members(_unescape(source)) if filesystem == "btrfs" else [superblock]
-        found += [Mount(_unescape(fields[4]), filesystem, read_only, device, superblock) for device in devices]
+        point, number = _unescape(fields[4]), int(fields[0])
+        found += [Mount(point, filesystem, "ro" in chosen, device, number, superblock, chosen) for device in devices]
     return found
 
 

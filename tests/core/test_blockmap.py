@@ -1,5 +1,7 @@
 """Block maps: three kinds of bytes, in borg's text and in the stored form."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,7 +26,7 @@ def each_byte(found: BlockMap) -> list[Kind]:
 def test_a_map_is_its_bytes(each):
     found = block_map(each)
     assert each_byte(found) == each
-    neighbours = zip(found.kinds, found.kinds[1:], strict=False)
+    neighbours = itertools.pairwise(found.kinds)
     assert all(a != b for a, b in neighbours)
     rebuilt = BlockMap.build(len(each), data=found.extents(Kind.DATA), same=found.extents(Kind.SAME))
     assert rebuilt == found

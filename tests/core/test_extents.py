@@ -1,5 +1,7 @@
 """Extent sets against the plainest possible model: a set of byte numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,7 +73,7 @@ def test_batches_are_the_set_in_order_in_pieces_of_bounded_size(inside, most):
     assert ExtentSet.empty().union(*pieces) == whole
     assert all(piece.total == most for piece in pieces[:-1])
     assert all(0 < piece.total <= most for piece in pieces)
-    assert all(int(a.end) <= int(b.starts[0]) for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(int(a.end) <= int(b.starts[0]) for a, b in itertools.pairwise(pieces))
 
 
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 4096), st.integers(0, 9999))

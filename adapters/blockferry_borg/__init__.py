@@ -1,0 +1,1 @@
+"""The borg adapter of blockferry."""

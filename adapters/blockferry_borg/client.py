@@ -1,0 +1,206 @@
+"""Our side of the worker: starting it, asking it, reading what it logs. `worker/__init__.py` has the protocol."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import math
+import mmap
+import os
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from blockferry.errors import RepositoryError, UsageError
+from blockferry_borg.failures import failure, without_credentials
+from blockferry_borg.installation import Installation
+
+log = logging.getLogger(__name__)
+
+SLOTS = 4
+SLOT_SIZE = 16 << 20
+"""Bytes of a slot: what the largest chunk needs. Memory that nobody writes to is not there."""
+BATCH = 8 << 20
+"""Bytes of a slot that are filled at a time, or one chunk: some chunks, so that asking costs nothing."""
+
+LOCK_WAIT_VARIABLE = "BLOCKFERRY_LOCK_WAIT"
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_": "134217728", "MALLOC_MMAP_THRESHOLD_": "134217728"}
+"""Borg makes and drops buffers of a chunk's size all the time: glibc must not map and unmap each (mallopt(3))."""
+_PATIENCE = 60.0
+"""Seconds for which a worker may roll back and let go of its lock before it is told to, and then made to."""
+
+Reply = dict[str, Any]
+
+
+def lock_wait() -> int:
+    """Return for how many seconds to wait for a repository's lock; raise UsageError if the variable holds no number."""
+    text = os.environ.get(LOCK_WAIT_VARIABLE, "1")
+    try:
+        return max(0, math.ceil(float(text)))
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{LOCK_WAIT_VARIABLE}: {text!r} is not a number of seconds", remedy="Set it to one, or leave it unset."
+        ) from None
+
+
+class Passphrase:
+    """The passphrase behind BORG_PASSPHRASE_FD, which can be read only once, for every worker that is started."""
+
+    def __init__(self) -> None:
+        number = os.environ.get("BORG_PASSPHRASE_FD")
+        self._secret: bytes | None = None
+        if number is not None:
+            try:
+                with os.fdopen(int(number), "rb", closefd=False) as opened:
+                    self._secret = opened.read()
+            except (ValueError, OSError) as error:
+                raise UsageError(
+                    f"BORG_PASSPHRASE_FD: {number!r} cannot be read: {error}",
+                    remedy="Set it to the number of an open descriptor, or leave it unset.",
+                ) from None
+
+    def descriptor(self) -> int | None:
+        """Return the read end of a new pipe with the passphrase in it, which the caller closes; None if there is none.
+
+        A pipe holds at least a page: no passphrase is longer.
+        """
+        if self._secret is None:
+            return None
+        reading, writing = os.pipe()
+        with os.fdopen(writing, "wb") as filled:
+            filled.write(self._secret[:4096])
+        return reading
+
+
+class Worker:
+    """A worker process and the memory shared with it. Used from one thread at a time.
+
+    Any reply may be an error instead; after that, and after `close`, the process is gone.
+    """
+
+    def __init__(self, installation: Installation, repository: str, passphrase: Passphrase) -> None:
+        self.where = f"borg:{without_credentials(repository)}"
+        descriptor = os.memfd_create("blockferry")
+        try:
+            os.ftruncate(descriptor, SLOTS * SLOT_SIZE)
+            self._memory = memoryview(mmap.mmap(descriptor, SLOTS * SLOT_SIZE))
+            self._process = _start(installation, descriptor, passphrase)
+        finally:
+            os.close(descriptor)
+        assert self._process.stdin and self._process.stdout  # noqa: S101  # both are pipes
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self._said: collections.deque[str] = collections.deque(maxlen=20)
+        self._listener = threading.Thread(target=self._listen, name="borg log", daemon=True)
+        self._listener.start()
+        try:
+            self.send(repository=repository, lock_wait=lock_wait(), slot=SLOT_SIZE)
+            self.receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def slot(self, number: int) -> memoryview:
+        """Return the shared bytes of a slot."""
+        return self._memory[number * SLOT_SIZE : (number + 1) * SLOT_SIZE]
+
+    def send(self, **request: Any) -> None:
+        """Send a request; if the worker is gone the next `receive` says why."""
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+
+    def receive(self) -> Reply:
+        """Return the next reply; raise the BlockferryError that it stands for, or that the worker died of."""
+        line = self._replies.readline()
+        if not line.endswith(b"\n"):
+            self.close()
+            raise RepositoryError(
+                f"{self.where}: borg's process ended with status {self._process.returncode}{self._last_words()}",
+                remedy="Try the same with borg itself (borg info, borg check).",
+            )
+        reply: Reply = json.loads(line)
+        if "error" in reply and "read" not in reply:
+            self.close()
+            raise self.error(reply)
+        return reply
+
+    def ask(self, **request: Any) -> Reply:
+        """Send a request and return the reply."""
+        self.send(**request)
+        return self.receive()
+
+    def error(self, reply: Reply) -> Exception:
+        """Return the error that a reply carries."""
+        told = reply["error"]
+        message = told["message"]
+        if told["kind"].startswith("ConnectionClosed"):
+            message += self._last_words()
+        return failure(self.where, told["kind"], message, told["number"])
+
+    def close(self) -> None:
+        """Have the worker roll back what is not finished, let go of its lock and end. Closing twice is allowed."""
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
+        for insist in (self._process.terminate, self._process.kill, None):
+            try:
+                self._process.wait(_PATIENCE)
+                break
+            except subprocess.TimeoutExpired:
+                if insist:
+                    insist()
+        self._listener.join(1)
+        self._replies.close()
+
+    def _listen(self) -> None:
+        """Pass on what the worker logs: warnings to the log, all of it to whoever asks why it died."""
+        assert self._process.stderr  # noqa: S101  # a pipe
+        with self._process.stderr as lines:
+            for line in lines:
+                text = without_credentials(_message(line.decode("utf-8", "replace").strip()))
+                if text:
+                    self._said.append(text)
+                    log.warning("%s: %s", self.where, text)
+
+    def _last_words(self) -> str:
+        self._listener.join(1)
+        return f": {self._said[-1]}" if self._said else ""
+
+
+def _start(installation: Installation, memory: int, passphrase: Passphrase) -> subprocess.Popen[bytes]:
+    """Start the worker, apart from the terminal: an interrupt is ours to pass on, and nothing can prompt there."""
+    environment = os.environ | _MALLOC
+    secret = passphrase.descriptor()
+    if secret is not None:
+        environment["BORG_PASSPHRASE_FD"] = str(secret)
+    script = Path(__file__).with_name("worker") / "__main__.py"
+    try:
+        return subprocess.Popen(
+            [*installation.interpreter, "-u", str(script), str(memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            pass_fds=[memory] if secret is None else [memory, secret],
+            start_new_session=True,
+        )
+    finally:
+        if secret is not None:
+            os.close(secret)
+
+
+def _message(line: str) -> str:
+    """Return what a line of borg's JSON log says, or the line if it is no such thing."""
+    try:
+        told = json.loads(line)
+        return str(told.get("message") or "") if told.get("type") != "progress_percent" else ""
+    except (ValueError, AttributeError):
+        return line

@@ -1,0 +1,33 @@
+"""The plugin: opens repositories that are written `borg:PATH-OR-URL`.
+
+What follows the prefix is what borg takes: a path, `ssh://user@host:port/path`, `user@host:path`; nothing stands for
+BORG_REPO. All of borg's own variables work, for borg runs in our environment.
+"""
+
+from __future__ import annotations
+
+import os
+
+from blockferry.errors import UsageError
+from blockferry.hookspecs import hookimpl
+from blockferry.repository import Repository
+from blockferry_borg.failures import without_credentials
+from blockferry_borg.installation import find_installation
+from blockferry_borg.repository import WorkerRepository
+
+PREFIX = "borg:"
+
+
+@hookimpl
+def blockferry_open_repository(reference: str) -> Repository | None:
+    """Return the repository behind a `borg:` reference; whether it is there turns out when it is first used."""
+    if not reference.startswith(PREFIX):
+        return None
+    location = reference.removeprefix(PREFIX) or os.environ.get("BORG_REPO", "")
+    if not location:
+        raise UsageError(f"{reference}: names no repository", remedy="Write borg:PATH-OR-URL, or set BORG_REPO.")
+    if "::" in location:
+        raise UsageError(
+            f"{without_credentials(reference)}: names an archive", remedy="Leave out :: and what follows it."
+        )
+    return WorkerRepository(location, find_installation())

@@ -1,0 +1,226 @@
+"""A repository of borg 1.2 or 1.4, worked on through worker processes under borg's own interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+from blockferry.blockmap import BlockMap, Kind
+from blockferry.errors import DamagedSnapshotError, UsageError
+from blockferry.extents import ExtentSet
+from blockferry.layers import Layer
+from blockferry.repository import Advance
+from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
+from blockferry_borg.client import Passphrase, Worker
+from blockferry_borg.failures import BaseUnusableError, without_credentials
+from blockferry_borg.installation import Installation
+from blockferry_borg.layer import MAP_LIMIT, RECORD_LIMIT, ImageLayer, OpenArchive
+from blockferry_borg.sender import Content, Sender
+
+log = logging.getLogger(__name__)
+
+IMAGE_NAME = "volume.img"
+_COMMENT = "blockferry "
+
+COMPRESSION_VARIABLE = "BLOCKFERRY_BORG_COMPRESSION"
+CHECKPOINT_VARIABLE = "BLOCKFERRY_BORG_CHECKPOINT"
+
+_MOST_CHUNKS = 1 << 22
+_UNITS = (1 << 20, 4 << 20, 16 << 20)
+
+
+def unit_for(size: int) -> int:
+    """Return the chunk size for an image of `size` bytes.
+
+    1 MiB is the compromise between a hot restore, which fetches whole chunks, and a chunk list that borg reads into
+    memory at about 200 bytes a chunk whenever it extracts, mounts or deletes an archive. Where that list would have
+    more than 4 Mi entries (from 4 TiB, from 16 TiB) chunks are larger. 16 MiB is the largest that borg takes.
+    """
+    return next((unit for unit in _UNITS if size <= unit * _MOST_CHUNKS), _UNITS[-1])
+
+
+def archive_name(record: Record) -> str:
+    """Return what the archive of a snapshot is called."""
+    return f"{record.volume}-{record.created[:19]}-{record.snapshot}"
+
+
+def comment_for(record: Record) -> str:
+    """Return an archive's comment: what listing snapshots has to know."""
+    listed = {name: getattr(record, name) for name in ("snapshot", "volume", "tier", "size", "base", "created")}
+    return _COMMENT + json.dumps(listed, separators=(",", ":"))
+
+
+def snapshot_from(name: str, comment: str) -> Snapshot | None:
+    """Return the snapshot that an archive's comment describes; None if it is not of blockferry's making."""
+    if not comment.startswith(_COMMENT):
+        return None
+    try:
+        told = json.loads(comment.removeprefix(_COMMENT))
+        texts = [told[key] for key in ("snapshot", "volume", "created", "tier")]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(told["size"], int):
+            raise TypeError
+        return Snapshot(
+            id=told["snapshot"],
+            archive=name,
+            volume=told["volume"],
+            created=told["created"],
+            size=told["size"],
+            tier=told["tier"],
+            base=told.get("base"),
+        )
+    except (ValueError, KeyError, TypeError):
+        log.warning("archive %s: its comment begins like one of ours and is none; left out", name)
+        return None
+
+
+def map_from(stored: bytes, where: str) -> BlockMap:
+    """Return the block map of its stored form; raise DamagedSnapshotError, naming `where`, if it is none."""
+    try:
+        return BlockMap.from_bytes(stored)
+    except ValueError as error:
+        raise DamagedSnapshotError(f"{where}: {error}", remedy="Check it with `borg check`.") from None
+
+
+def checkpoint_interval() -> int:
+    """Return after how many seconds a store that is not finished is made worth keeping; borg's own is half an hour."""
+    text = os.environ.get(CHECKPOINT_VARIABLE, "1800")
+    if not text.isdecimal():
+        raise UsageError(
+            f"{CHECKPOINT_VARIABLE}: {text!r} is not a number of seconds",
+            remedy="Set it to a whole one, 0 for no checkpoints, or leave it unset.",
+        )
+    return int(text)
+
+
+def _not_of_the_image(_count: int) -> None:
+    """Progress counts the image's bytes only."""
+
+
+class WorkerRepository:
+    """Implements `blockferry.repository.Repository` by the worker."""
+
+    capabilities = frozenset({"reuse"})
+
+    def __init__(self, location: str, installation: Installation) -> None:
+        """Work on the repository that borg calls `location`; nothing is opened yet."""
+        self.reference = f"borg:{without_credentials(location)}"
+        self._location = location
+        self._installation = installation
+        self._passphrase = Passphrase()
+        self._idle: Worker | None = None
+
+    def unit(self, size: int) -> int:
+        """Return the size of the chunks that an image of `size` bytes is stored in."""
+        return unit_for(size)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return every complete snapshot, oldest first; costs one request an archive, all in flight at once."""
+        with self._worker() as worker:
+            listed = worker.ask(op="list")["archives"]
+        found = [snapshot_from(archive["name"], archive["comment"]) for archive in listed]
+        return sorted((snapshot for snapshot in found if snapshot), key=lambda snapshot: snapshot.created)
+
+    def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
+        """Return the record and the block map of a snapshot."""
+        with self._worker() as worker:
+            opened = OpenArchive(worker, snapshot.archive, (RECORD_NAME, MAP_NAME))
+            record, block_map = self._read_description(opened)
+            opened.close()
+        return record, block_map
+
+    def open(self, snapshot: Snapshot) -> ImageLayer:
+        """Return the image for random access; the layer keeps a worker to itself, which holds no lock."""
+        worker = self._take_worker()
+        try:
+            opened = OpenArchive(worker, snapshot.archive, (RECORD_NAME, MAP_NAME, IMAGE_NAME))
+            _record, block_map = self._read_description(opened)
+            return ImageLayer(opened, IMAGE_NAME, block_map)
+        except BaseException:
+            worker.close()
+            raise
+
+    def delete(self, snapshots: Sequence[Snapshot]) -> None:
+        """Remove snapshots, in one transaction."""
+        with self._worker() as worker:
+            worker.ask(op="delete", archives=[snapshot.archive for snapshot in snapshots])
+
+    def store(
+        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+    ) -> Stored:
+        """Store an image as one archive; where the base turns out to be damaged its bytes are read as well."""
+        planned = block_map.on_grid(record.unit)
+        try:
+            return self._store(source, planned, block_map, record, base=base, advance=advance)
+        except BaseUnusableError as error:
+            if block_map.extents(Kind.SAME).difference(source.extents):
+                raise  # the base was the only place that had those bytes
+            log.warning("%s; reading what it would have given", error.message)
+            everything = BlockMap.build(planned.size, data=planned.extents(Kind.DATA, Kind.SAME))
+            return self._store(source, everything, block_map, record, base=None, advance=advance)
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._idle:
+            self._idle.close()
+            self._idle = None
+
+    def _store(
+        self,
+        source: Layer,
+        planned: BlockMap,
+        block_map: BlockMap,
+        record: Record,
+        *,
+        base: Snapshot | None,
+        advance: Advance,
+    ) -> Stored:
+        """Store `planned`, a map of whole chunks, beside the record and the map that it was made from."""
+        name, comment = archive_name(record), comment_for(record)
+        with self._worker() as worker:
+            worker.ask(
+                op="store",
+                archive=name,
+                volume=record.volume,
+                comment=comment,
+                compression=os.environ.get(COMPRESSION_VARIABLE) or "lz4",
+                checkpoint=checkpoint_interval(),
+                unit=record.unit,
+                base=base.archive if base else None,
+            )
+            sender = Sender(worker, record.unit)
+            for item, content in ((RECORD_NAME, record.to_json()), (MAP_NAME, block_map.to_bytes())):
+                whole = BlockMap.build(len(content), data=ExtentSet.whole(len(content)))
+                sender.send_item(item, Content(content), whole, _not_of_the_image)
+            sender.send_item(IMAGE_NAME, source, planned, advance)
+            stored = sender.finish()
+        snapshot = snapshot_from(name, comment)
+        assert snapshot  # noqa: S101  # we have just written it
+        return Stored(snapshot, stored)
+
+    def _read_description(self, opened: OpenArchive) -> tuple[Record, BlockMap]:
+        """Read the record and the block map of an open archive; raise DamagedSnapshotError if they do not fit."""
+        where = f"{self.reference}::{opened.archive}"
+        record = Record.from_json(opened.read_item(RECORD_NAME, RECORD_LIMIT), where)
+        block_map = map_from(opened.read_item(MAP_NAME, MAP_LIMIT), where)
+        if block_map.size != record.size:
+            raise opened.damaged(f"the map is of {block_map.size} bytes, the record of {record.size}")
+        return record, block_map
+
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[Worker]:
+        """Give a worker for one operation; it is kept for the next one unless this one fails."""
+        worker = self._take_worker()
+        try:
+            yield worker
+        except BaseException:
+            worker.close()
+            raise
+        self._idle = worker
+
+    def _take_worker(self) -> Worker:
+        """Return the worker that idles, or a new one: whoever takes it closes it or gives it back."""
+        worker, self._idle = self._idle, None
+        return worker or Worker(self._installation, self._location, self._passphrase)

@@ -1,0 +1,1 @@
+"""blockferry's adapter for restic repositories."""

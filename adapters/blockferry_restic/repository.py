@@ -1,0 +1,249 @@
+"""A restic repository that holds snapshots of volumes. `segments.py` says how an image lies in one."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote, unquote
+
+from blockferry.blockmap import BlockMap, Kind
+from blockferry.errors import DamagedSnapshotError, RepositoryError
+from blockferry.fuse import mounted
+from blockferry.layers import Layer
+from blockferry.repository import Advance
+from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
+from blockferry_restic.archive import Archive, LocalArchive, RemoteArchive
+from blockferry_restic.command import Restic, Running
+from blockferry_restic.format import RepositoryReader
+from blockferry_restic.layer import ReadAheadLayer
+from blockferry_restic.location import password
+from blockferry_restic.segments import (
+    STAMPS_NAME,
+    Segments,
+    Stamps,
+    check_complete,
+    new_stamp,
+    segment_count,
+    stamps_from_bytes,
+    unit_for,
+)
+from blockferry_restic.tree import SegmentTree
+
+log = logging.getLogger(__name__)
+
+_TAG = "blockferry"
+_LARGEST_RECORD = 64 << 20
+_LARGEST_MAP = 1 << 30
+_READ_CONCURRENCY = 2
+"""Segments that restic reads at a time."""
+
+
+class ResticRepository:
+    """A repository by way of restic's command line; a local one is read directly. See `blockferry.repository`."""
+
+    capabilities = frozenset({"reuse", "concurrent"})
+
+    def __init__(self, restic: Restic) -> None:
+        self.reference = restic.location.reference
+        self._restic = restic
+        self._reader: RepositoryReader | None = None
+
+    def unit(self, size: int) -> int:
+        """Return the size of the segments for an image of `size` bytes."""
+        return unit_for(size)
+
+    def store(
+        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+    ) -> Stored:
+        """Have restic back up the tree of the image's segments. `advance` is called about once a second, from here.
+
+        Its counts add up to the bytes of the segments that hold any data. Whatever ends this early, be it an error of
+        the source or of restic, or an exception such as KeyboardInterrupt: restic ends first, and a snapshot that it
+        made all the same is removed.
+        """
+        stamp = new_stamp()
+        stamps = self._base_stamps(base, block_map, record.unit) if base else None
+        segments = Segments.plan(block_map, record.unit, stamp, stamps)
+        tree = SegmentTree(source, segments, record=record.to_json(), block_map=block_map.to_bytes(), stamp=stamp)
+        # Without a base nothing is to be skipped, whatever restic finds.
+        parent = ["--parent", base.archive] if base else ["--force"]
+        tags = [word for tag in _tags(record, len(tree)) for word in ("--tag", tag)]
+        options = ["--json", "--no-scan", "--read-concurrency", str(_READ_CONCURRENCY), "--host", record.host]
+        with (
+            mounted(tree, name=record.volume) as path,
+            self._restic.start("backup", *options, *parent, *tags, ".", directory=str(path)) as running,
+        ):
+            tree.on_failure = running.interrupt
+            summary = self._follow(running, tree, advance)
+        log.debug("restic: %s", summary)
+        snapshot = Snapshot(
+            id=record.snapshot,
+            archive=summary["snapshot_id"],
+            volume=record.volume,
+            created=_utc(summary["backup_start"]),
+            size=record.size,
+            tier=record.tier.value,
+            base=record.base,
+        )
+        return Stored(snapshot, int(summary["data_added_packed"]))
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return every complete snapshot with our tags, oldest first."""
+        entries: list[dict[str, Any]] = []
+        for listing in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
+            entries += listing or []
+        entries.sort(key=lambda entry: _moment(entry["time"]))
+        return [snapshot for snapshot in map(_snapshot, entries) if snapshot]
+
+    def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
+        """Return the record and the block map of a snapshot."""
+        return self._describe(self._archive(snapshot), snapshot)
+
+    def open(self, snapshot: Snapshot) -> Layer:
+        """Return the image of a snapshot whose segments are all there."""
+        archive = self._archive(snapshot)
+        record, block_map = self._describe(archive, snapshot)
+        numbers, lengths = archive.segments(record.unit)
+        check_complete(block_map, record.unit, numbers, lengths, self._name(snapshot))
+        return ReadAheadLayer(archive.image(record.size, record.unit), block_map.extents(Kind.DATA, Kind.SAME))
+
+    def delete(self, snapshots: Sequence[Snapshot]) -> None:
+        """Have restic forget snapshots; `restic prune` frees the space."""
+        if snapshots:
+            self._forget([snapshot.archive for snapshot in snapshots])
+
+    def close(self) -> None:
+        """Forget the keys: nothing else is held between calls."""
+        self._reader = None
+
+    def _follow(self, running: Running, tree: SegmentTree, advance: Advance) -> dict[str, Any]:
+        """Follow a running backup to its end and return restic's summary of it; all or nothing."""
+        summary: dict[str, Any] = {}
+        told = 0
+        try:
+            for message in running.messages():
+                match message:
+                    case {"message_type": "summary"}:
+                        summary = message
+                served = tree.served
+                advance(served - told)
+                told = served
+            if tree.failure is not None:
+                raise tree.failure
+            running.check("backup")
+            if summary.get("total_files_processed") != len(tree) or not summary.get("snapshot_id"):
+                raise RepositoryError(
+                    f"{self.reference}: restic says that it stored {summary.get('total_files_processed')} files"
+                    f" of {len(tree)}",
+                    remedy="Nothing was kept; run the backup again.",
+                )
+            advance(tree.segments.data_bytes - told)
+        except BaseException:
+            self._undo([summary, *running.stop()])
+            raise
+        return summary
+
+    def _undo(self, messages: list[Any]) -> None:
+        """Remove the snapshot that a failed backup made all the same, if it did."""
+        for message in messages:
+            match message:
+                case {"message_type": "summary", "snapshot_id": str(made)} if made:
+                    try:
+                        self._forget([made], "--retry-lock", "1m")
+                    except RepositoryError as error:
+                        # It will not be listed as ours: its files do not add up to its own tags.
+                        log.error("%s: the incomplete snapshot %s is still there: %s", self.reference, made, error)
+
+    def _forget(self, archives: list[str], *options: str) -> None:
+        for _message in self._restic.each("forget", "--json", *options, *archives):
+            pass
+
+    def _archive(self, snapshot: Snapshot) -> Archive:
+        """Return a way to read a snapshot: our own for a repository in a local directory, else restic's."""
+        directory = self._restic.location.directory
+        if directory is None or not (directory / "config").is_file():
+            return RemoteArchive(self._restic, snapshot.archive)
+        if self._reader is None:
+            self._reader = RepositoryReader(directory, password())
+        return LocalArchive(self._reader, snapshot.archive)
+
+    def _describe(self, archive: Archive, snapshot: Snapshot) -> tuple[Record, BlockMap]:
+        """Return the record and the block map in an archive; DamagedSnapshotError if they do not fit each other."""
+        name = self._name(snapshot)
+        record = Record.from_json(archive.file(RECORD_NAME, _LARGEST_RECORD), name)
+        try:
+            block_map = BlockMap.from_bytes(archive.file(MAP_NAME, _LARGEST_MAP))
+            if block_map.size != record.size or record.snapshot != snapshot.id:
+                raise ValueError("it is of another snapshot than the record")
+        except ValueError as error:
+            raise DamagedSnapshotError(
+                f"{name}: the block map cannot be read: {error}", remedy="Take another snapshot."
+            ) from None
+        return record, block_map
+
+    def _base_stamps(self, base: Snapshot, block_map: BlockMap, unit: int) -> Stamps:
+        """Return the stamps of the base's segments, if they are the same segments as the new snapshot's."""
+        archive = self._archive(base)
+        record, _map = self._describe(archive, base)
+        if (record.size, record.unit) != (block_map.size, unit):
+            raise RepositoryError(
+                f"{self._name(base)}: has {record.size} bytes in segments of {record.unit}, the volume now"
+                f" {block_map.size} in segments of {unit}",
+                remedy="Make a full backup.",
+            )
+        stored = archive.file(STAMPS_NAME, _LARGEST_RECORD)
+        return stamps_from_bytes(stored, segment_count(block_map.size, unit), self._name(base))
+
+    def _name(self, snapshot: Snapshot) -> str:
+        return f"{self.reference}, snapshot {snapshot.id}"
+
+
+def _tags(record: Record, files: int) -> Iterator[str]:
+    """Yield the tags from which `snapshots` makes its list. restic splits tags at commas: values are URL-quoted."""
+    yield _TAG
+    values = {
+        "snapshot": record.snapshot,
+        "volume": record.volume,
+        "tier": record.tier.value,
+        "size": str(record.size),
+        "files": str(files),
+        "base": record.base,
+    }
+    for name, value in values.items():
+        if value:
+            yield f"{name}={quote(value, safe='')}"
+
+
+def _snapshot(entry: dict[str, Any]) -> Snapshot | None:
+    """Return the snapshot that an entry of `restic snapshots` is, None if it is not a complete one of ours."""
+    tags = dict(tag.split("=", 1) for tag in entry.get("tags") or [] if "=" in tag)
+    values = {name: unquote(value) for name, value in tags.items()}
+    # restic made it although some files could not be read, and nobody was left to remove it.
+    stored = entry.get("summary", {}).get("total_files_processed")
+    try:
+        if stored is not None and stored != int(values["files"]):
+            raise ValueError("it is incomplete")
+        return Snapshot(
+            id=values["snapshot"],
+            archive=entry["id"],
+            volume=values["volume"],
+            created=_utc(entry["time"]),
+            size=int(values["size"]),
+            tier=values["tier"],
+            base=values.get("base"),
+        )
+    except (KeyError, ValueError) as error:
+        log.warning("restic snapshot %s is left out: %s", str(entry.get("short_id")), error)
+        return None
+
+
+def _moment(time: str) -> datetime.datetime:
+    """Return restic's time: RFC 3339 with up to nine digits of a second, of which six count."""
+    return datetime.datetime.fromisoformat(time)
+
+
+def _utc(time: str) -> str:
+    """Return restic's time in UTC, to the second, as records carry it."""
+    return _moment(time).astimezone(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,140 @@
+"""The tree that restic is given to back up: the segments of an image, read from a layer as restic asks for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from blockferry.blockmap import Kind
+from blockferry.errors import DamagedSnapshotError
+from blockferry.fuse import Node
+from blockferry.layers import Layer
+from blockferry.snapshot import MAP_NAME, RECORD_NAME
+from blockferry_restic.segments import (
+    PER_DIRECTORY,
+    STAMPS_NAME,
+    VOLUME_DIRECTORY,
+    Segments,
+    directory_name,
+    segment_name,
+    segment_number,
+    stamps_to_bytes,
+)
+
+# Inodes: the root, /volume, the small files, then a range for directories and one for segments.
+_ROOT, _VOLUME, _FIRST_FILE, _FIRST_DIRECTORY, _FIRST_SEGMENT = 1, 2, 3, 1 << 24, 1 << 32
+
+
+class SegmentTree:
+    """A `blockferry.fuse.Tree` of one image's segments and the files beside them.
+
+    The first failure of a read is kept in `failure`, and `on_failure` is called before anything is answered.
+    """
+
+    def __init__(self, source: Layer, segments: Segments, *, record: bytes, block_map: bytes, stamp: int) -> None:
+        """Take the stored form of the record and the block map, and the stamp of this backup's own files."""
+        self.source = source
+        self.segments = segments
+        self.stamp = stamp
+        self.files = {RECORD_NAME: record, MAP_NAME: block_map, STAMPS_NAME: stamps_to_bytes(segments.stamps)}
+        self.served = 0
+        """Bytes of segments that were handed to restic so far."""
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many files there are."""
+        return len(self.files) + len(self.segments.present())
+
+    def node(self, path: str) -> Node:
+        """Return what is at a path."""
+        try:
+            match path.split("/")[1:]:
+                case [""]:
+                    return Node(_ROOT, True, 0, self.stamp)
+                case [directory] if directory == VOLUME_DIRECTORY:
+                    return Node(_VOLUME, True, 0, int(self.segments.stamps.max(initial=0)))
+                case [name]:
+                    number = list(self.files).index(name)
+                    return Node(_FIRST_FILE + number, False, len(self.files[name]), self.stamp)
+                case [_volume, directory]:
+                    return self._directory(int(directory, 16))
+                case [_volume, directory, name]:
+                    return self._segment(segment_number(directory, name, self.segments.unit))
+        except (ValueError, IndexError):
+            pass
+        raise FileNotFoundError(errno.ENOENT, path)
+
+    def children(self, path: str) -> Iterator[tuple[str, Node]]:
+        """Yield what is in a directory."""
+        match path.split("/")[1:]:
+            case [""]:
+                for name in (*self.files, VOLUME_DIRECTORY):
+                    yield name, self.node(f"/{name}")
+            case [_volume]:
+                for number in sorted(set((self.segments.present() // PER_DIRECTORY).tolist())):
+                    yield directory_name(number * PER_DIRECTORY), self._directory(number)
+            case [_volume, directory]:
+                first = int(directory, 16) * PER_DIRECTORY
+                for number in self.segments.present(first, first + PER_DIRECTORY).tolist():
+                    yield segment_name(number, self.segments.unit), self._segment(number)
+
+    def open(self, path: str) -> int:
+        """Return the inode of a file, which is its handle."""
+        return self.node(path).inode
+
+    def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer from a file; after the first failure no read succeeds any more."""
+        try:
+            if handle < _FIRST_SEGMENT:
+                content = list(self.files.values())[handle - _FIRST_FILE][offset : offset + len(buffer)]
+                buffer[: len(content)] = content
+                return len(content)
+            return self._read_segment(handle - _FIRST_SEGMENT, offset, buffer)
+        except BaseException as error:  # whatever it is, restic must not take it for a file it may skip
+            self._fail(error)
+            raise OSError(errno.EIO, "the source failed") from None
+
+    def seek(self, _handle: int, _offset: int, _whence: int) -> int:
+        """Segments have no holes."""
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def _read_segment(self, number: int, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer from a segment of the source; a segment that is as in the base must not be asked for."""
+        if self.failure is not None:
+            raise self.failure
+        if self.segments.kinds[number] != Kind.DATA:
+            raise DamagedSnapshotError(
+                f"restic no longer has the segment at {number * self.segments.unit} of the base",
+                remedy="Make a full backup, and run `restic check`.",
+            )
+        count = max(0, min(len(buffer), self.segments.length(number) - offset))
+        self.source.read_into(number * self.segments.unit + offset, buffer[:count])
+        with self._lock:
+            self.served += count
+        return count
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember the first failure and tell of it; every later one waits here until that is done."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = error
+                self.on_failure()
+
+    def _directory(self, number: int) -> Node:
+        """Return the directory of that number: its time is the latest of its segments'."""
+        first = number * PER_DIRECTORY
+        newest = int(self.segments.stamps[first : first + PER_DIRECTORY].max())
+        if not newest:
+            raise ValueError("an empty directory is left out")
+        return Node(_FIRST_DIRECTORY + number, True, 0, newest)
+
+    def _segment(self, number: int) -> Node:
+        """Return the segment of that number."""
+        stamp = int(self.segments.stamps[number])
+        if not stamp:
+            raise ValueError("the segment is left out")
+        return Node(_FIRST_SEGMENT + number, False, self.segments.length(number), stamp)

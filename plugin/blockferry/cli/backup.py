@@ -1,0 +1,71 @@
+"""`blockferry backup`."""
+
+from __future__ import annotations
+
+import click
+from rich.filesize import decimal
+
+from blockferry.backup import Result, back_up
+from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.cli.output import log
+from blockferry.errors import BlockferryError
+from blockferry.hookspecs import FreezeOptions
+from blockferry.volume import Volume
+
+
+@click.command()
+@click.argument("volume")
+@repository_option
+@click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
+@click.option(
+    "--fsfreeze",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Freeze a mounted filesystem while it is read, for at most so long.",
+)
+@click.option("--allow-live", is_flag=True, help="Read a volume that nothing holds still; its blocks may not fit.")
+@json_option
+@click.pass_obj
+def backup(
+    context: Context, volume: str, reference: str | None, name: str, fsfreeze: float | None, allow_live: bool
+) -> None:
+    """Store the blocks in use of VOLUME as one snapshot.
+
+    \b
+    Example:
+      blockferry backup /dev/vg/home --repo borg:ssh://nas/./volumes
+    """
+    found = Volume.discover(volume, name)
+    with context.repository(reference) as repository:
+        result = back_up(
+            context.manager,
+            found,
+            repository,
+            freeze=FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live),
+            progress=context.output,
+        )
+        remember(context, repository.reference, result)
+    context.output.result(result.as_json(), lambda: _sentence(result))
+
+
+def remember(context: Context, reference: str, result: Result) -> None:
+    """Put a snapshot into the catalog; a catalog that cannot be written costs nothing but itself."""
+    try:
+        with context.catalog() as catalog:
+            catalog.add(reference, result.snapshot, result.record, result.as_json())
+    except BlockferryError as error:
+        log.warning("%s", error)
+
+
+def _sentence(result: Result) -> str:
+    record = result.record
+    lines = [
+        f"snapshot {result.snapshot.id} of {record.volume}: {decimal(record.bytes_used)} in use of "
+        f"{decimal(record.size)}, read {decimal(result.bytes_read)}, stored {decimal(result.bytes_stored)}, "
+        f"in {result.seconds:.1f} s",
+        f"  {record.tier.value} blocks by {record.method}; {record.stability.value} by {record.freeze}",
+    ]
+    if record.tier_reason:
+        lines.append(f"  {record.tier_reason}")
+    return "\n".join(lines)

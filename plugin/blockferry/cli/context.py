@@ -1,0 +1,117 @@
+"""What the commands share: the plugins, the repository that the user means, the snapshot that they name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+import pluggy
+
+from blockferry.catalog import Catalog
+from blockferry.cli.output import Output
+from blockferry.errors import SnapshotNotFoundError, UsageError
+from blockferry.manager import plugin_manager
+from blockferry.repository import Repository
+from blockferry.snapshot import Snapshot
+from blockferry.state import state_directory
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+_ENVIRONMENT = {"borg": ("BORG_REPO",), "restic": ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")}
+
+
+@dataclasses.dataclass
+class Context:
+    """One invocation."""
+
+    output: Output
+
+    @functools.cached_property
+    def manager(self) -> pluggy.PluginManager:
+        """The plugins, loaded when the first is needed."""
+        return plugin_manager()
+
+    @contextlib.contextmanager
+    def repository(self, reference: str | None) -> Iterator[Repository]:
+        """Open the repository that a reference, or else the environment, names."""
+        named = reference or reference_from_environment()
+        repository: Repository | None = self.manager.hook.blockferry_open_repository(reference=named)
+        if repository is None:
+            raise UsageError(
+                f"{mask(named)}: not a repository reference",
+                remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
+            )
+        with contextlib.closing(repository):
+            yield repository
+
+    @contextlib.contextmanager
+    def catalog(self) -> Iterator[Catalog]:
+        """Open the catalog of this host."""
+        with contextlib.closing(Catalog(state_directory() / "catalog.sqlite")) as catalog:
+            yield catalog
+
+
+def reference_from_environment() -> str:
+    """Return `borg:` or `restic:`, whichever the environment names a repository for.
+
+    Raise UsageError if it names none or both.
+    """
+    named = [tool for tool, variables in _ENVIRONMENT.items() if any(os.environ.get(each) for each in variables)]
+    if len(named) != 1:
+        said = "both BORG_REPO and RESTIC_REPOSITORY are set" if named else "no repository was named"
+        raise UsageError(said, remedy="Say --repo borg:PATH-OR-URL or --repo restic:PATH-OR-URL.")
+    return f"{named[0]}:"
+
+
+def mask(reference: str) -> str:
+    """Return a reference without the user name and password that a URL in it may carry."""
+    scheme, separator, rest = reference.partition("://")
+    host = rest.split("/", 1)[0]
+    return f"{scheme}{separator}***@{rest.split('@', 1)[1]}" if separator and "@" in host else reference
+
+
+def find(snapshots: Sequence[Snapshot], name: str) -> Snapshot:
+    """Return the snapshot of that id, of which it is a unique prefix, or the newest for `latest`.
+
+    Raise SnapshotNotFoundError if there is none, or more than one.
+    """
+    if not snapshots:
+        raise SnapshotNotFoundError(
+            "the repository holds no snapshot of blockferry's", remedy="Make one: blockferry backup VOLUME --repo REF"
+        )
+    if name == "latest":
+        return max(snapshots, key=lambda snapshot: snapshot.created)
+    matching = [each for each in snapshots if name and each.id.startswith(name)]
+    if len(matching) == 1:
+        return matching[0]
+    remedy = "`blockferry snapshots` lists what there is."
+    if matching:
+        raise SnapshotNotFoundError(f"{name}: {len(matching)} snapshots begin with it", remedy=remedy)
+    raise SnapshotNotFoundError(f"{name}: no such snapshot", remedy=remedy)
+
+
+def repository_option(function: Decorated) -> Decorated:
+    """Add `--repo`, as the parameter `reference`."""
+    return click.option(
+        "--repo",
+        "reference",
+        metavar="REF",
+        help="borg:PATH-OR-URL or restic:PATH-OR-URL; else BORG_REPO or RESTIC_REPOSITORY of the environment.",
+    )(function)
+
+
+def json_option(function: Decorated) -> Decorated:
+    """Add `--json` behind the command's name too."""
+
+    def choose(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.find_object(Context).output.as_json = True  # type: ignore[union-attr]  # set before any command
+
+    return click.option("--json", is_flag=True, expose_value=False, callback=choose, help="Print the result as JSON.")(
+        function
+    )

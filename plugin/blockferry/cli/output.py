@@ -1,0 +1,141 @@
+"""What a person or a program sees: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+
+from blockferry.errors import BlockferryError
+from blockferry.repository import Advance
+
+log = logging.getLogger("blockferry")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Output:
+    """How one command speaks: JSON or words, a progress bar or log lines. Implements `Progress`."""
+
+    def __init__(self, *, as_json: bool, log_json: bool, verbosity: int) -> None:
+        """Take 1 and up for more words, -1 for errors only."""
+        self.as_json = as_json
+        self.log_json = log_json
+        self.verbosity = verbosity
+        self.errors = Console(stderr=True, highlight=False)
+        self._set_up_logging()
+
+    def result(self, data: object, render: Callable[[], object]) -> None:
+        """Print a result: `data` as JSON, or whatever `render` returns (text, or a rich table)."""
+        if self.as_json:
+            click.echo(json.dumps(data, indent=1, sort_keys=True))
+            return
+        shown = render()
+        if isinstance(shown, str):
+            click.echo(shown)
+        else:
+            # A table is not squeezed into 80 columns where nobody is looking at it.
+            Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(shown)
+
+    def error(self, error: BlockferryError) -> None:
+        """Say what went wrong, where, and what to do."""
+        if self.log_json:
+            self._line("error", message=error.message, remedy=error.remedy, exit_code=error.exit_code)
+            return
+        click.echo(f"blockferry: {error.message}", err=True)
+        if error.remedy:
+            click.echo(f"  {error.remedy}", err=True)
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int) -> Iterator[Advance]:
+        """Show the progress of a task of `total` bytes: a bar on a terminal, lines elsewhere."""
+        if self.verbosity < 0:
+            yield lambda _count: None
+        elif self.errors.is_terminal and not self.log_json:
+            with self._bar() as bar:
+                task = bar.add_task(name, total=total)
+                yield lambda count: bar.advance(task, count)
+        else:
+            lines = _ProgressLines(name, total, self)
+            yield lines.advance
+            lines.finish()
+
+    def progress_line(self, name: str, done: int, total: int, seconds: float) -> None:
+        """Say in one line how far a task is."""
+        rate = done / seconds if seconds else 0.0
+        remaining = (total - done) / rate if rate else None
+        if self.log_json:
+            self._line("progress", operation=name, done=done, total=total, rate=round(rate), remaining=remaining)
+        else:
+            share = 100 * done // total if total else 100
+            log.info("%s: %d %%, %s of %s, %s/s", name, share, decimal(done), decimal(total), decimal(int(rate)))
+
+    def _bar(self) -> Bar:
+        return Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self.errors,
+            transient=True,
+        )
+
+    def _line(self, kind: str, **fields: Any) -> None:
+        click.echo(json.dumps({"type": kind, "time": time.time(), **fields}, sort_keys=True), err=True)
+
+    def _set_up_logging(self) -> None:
+        handler = _JsonHandler(self._line) if self.log_json else logging.StreamHandler(sys.stderr)
+        if not self.log_json:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        levels = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
+        log.handlers = [handler]
+        log.propagate = False
+        log.setLevel(levels.get(self.verbosity, logging.DEBUG))
+
+
+class _ProgressLines:
+    """Progress as lines, one every few seconds."""
+
+    def __init__(self, name: str, total: int, output: Output) -> None:
+        self.name, self.total, self.output = name, total, output
+        self.done = 0
+        self.began = self.last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            self.output.progress_line(self.name, self.done, self.total, self.last - self.began)
+
+    def finish(self) -> None:
+        self.output.progress_line(self.name, self.done, self.total, time.monotonic() - self.began)
+
+
+class _JsonHandler(logging.Handler):
+    """Log records as JSON lines."""
+
+    def __init__(self, line: Callable[..., None]) -> None:
+        super().__init__()
+        self.line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line("log", level=record.levelname.lower(), logger=record.name, message=record.getMessage())

@@ -1,0 +1,298 @@
+"""Read-only trees of files that this process makes up, mounted through FUSE for another program to read.
+
+    with mounted(tree) as path:
+        subprocess.run(["env", f"--chdir={path}", "restic", "backup", "."])
+
+Three things keep this from hanging or leaving traces:
+
+- The server runs in a thread of this process. While `fork` and `exec` happen Python holds its interpreter lock, so a
+  child must never touch the mount before `exec`: hand its path over as an argument or to `env --chdir`, never as
+  `cwd=` of subprocess.
+- A mount must not outlive its owner, whatever that dies of. A shell waits at the end of a pipe for it and unmounts
+  (libfuse's own `auto_unmount` does so for root only, unless others may look into the mount). The mount lies in a
+  private directory (0700) that its owner keeps locked: what even the shell could not clear away the next one does.
+- libfuse takes over the terminating signals that nobody handles (libfuse, lib/fuse_signals.c) and would merely end the
+  tree. They end the process here, by way of an exception, so that whoever uses the tree can clean up.
+
+`fuse_server.py` is the side that talks to libfuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import fcntl
+import importlib
+import itertools
+import logging
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import threading
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from blockferry.errors import BlockferryError, ToolMissingError
+
+if TYPE_CHECKING:
+    from blockferry.fuse_server import TreeServer
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 20.0
+"""Seconds for which a mount may take to appear, and its server to end."""
+
+
+class Node(NamedTuple):
+    """What `stat` says of a directory or file: its inode, its size in bytes and its times in ns since the epoch.
+
+    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime.
+    """
+
+    inode: int
+    is_directory: bool
+    size: int
+    mtime_ns: int
+
+
+class Tree(Protocol):
+    """A read-only tree of directories and files that does not change while it is mounted.
+
+    Called from several threads at once. An OSError reaches the reader as its errno; anything else as EIO, after it
+    was logged: a tree that wants to know of its failures catches them itself.
+    """
+
+    def node(self, path: str) -> Node:
+        """Return what is at a path, absolute within the tree; raise FileNotFoundError if nothing is."""
+
+    def children(self, path: str) -> Iterable[tuple[str, Node]]:
+        """Return what is in a directory, in the order in which it is to be listed."""
+
+    def open(self, path: str) -> int:
+        """Return a handle, any number from 0 to 2**63, by which a file is read."""
+
+    def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer with the file's bytes from `offset` on; return how many there were.
+
+        Less than the buffer holds means that the file ends there.
+        """
+
+    def seek(self, handle: int, offset: int, whence: int) -> int:
+        """Return where data (`os.SEEK_DATA`) or a hole (`os.SEEK_HOLE`) begins at or after `offset`.
+
+        Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes.
+        """
+
+
+@contextlib.contextmanager
+def mounted(tree: Tree, *, name: str = "blockferry") -> Iterator[Path]:
+    """Mount a tree for the length of the context and give the directory it is mounted on.
+
+    Leaving the context takes the mount away, whoever still holds files open in it. Raise ToolMissingError if FUSE is
+    not installed, BlockferryError if it does not let us mount. `name` is part of the path, which is the same for every
+    mount of that name unless two exist at once.
+    """
+    with mount_point(name) as point, _terminating_signals_raise():
+        server = _serve(tree, point)
+        try:
+            yield point
+        finally:
+            _unmount(point)
+            server.join(_PATIENCE)
+            if server.is_alive():
+                log.warning("%s: the FUSE server is still busy with a read that does not return", point)
+
+
+@contextlib.contextmanager
+def mount_point(name: str) -> Iterator[Path]:
+    """Give an empty private directory to mount something on, and unmount and remove it afterwards.
+
+    The mount is taken away even if it is in use, if its server is dead, or if this process is killed.
+    """
+    root = _runtime_directory()
+    with contextlib.ExitStack() as held:
+        with _locked(root):  # nobody sweeps away a directory that is not locked yet
+            _sweep(root)
+            directory = _new_directory(root, name)
+            held.enter_context(_locked(directory))
+        held.callback(_clear, directory)
+        point = directory / "tree"
+        point.mkdir(mode=0o700)
+        with _unmounted_at_death(point):
+            yield point
+
+
+def _new_directory(root: Path, name: str) -> Path:
+    """Make a directory of that name, or one like it if somebody who lives has it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64] or "mount"
+    for number in itertools.count(1):
+        directory = root / (plain if number == 1 else f"{plain}-{number}")
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+            break
+    return directory
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a directory's lock, which the kernel lets go of when this process dies; BlockingIOError if not `wait`."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _unmounted_at_death(point: Path) -> Iterator[None]:
+    """Have a shell unmount `point` as soon as the context, or this process, is no more."""
+    script = 'trap "" INT HUP TERM; read -r _; exec "$0" -u -z -q -- "$1"'
+    with subprocess.Popen(
+        ["/bin/sh", "-c", script, _fusermount(), point],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ):
+        yield
+
+
+def _unmount(point: Path) -> None:
+    """Take a mount away, even if it is in use or its server is dead; nothing happens if there is none."""
+    command = [_fusermount(), "-u", "-z", "-q", "--", os.fspath(point)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True)
+
+
+def _runtime_directory() -> Path:
+    """Return the directory of this user's mounts, for its owner alone."""
+    user = os.geteuid()
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    if user == 0:
+        base = Path("/run/blockferry")
+    elif session:
+        base = Path(session, "blockferry")
+    else:
+        base = Path(tempfile.gettempdir(), f"blockferry-{user}")
+    path = base / "mounts"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        both = [each.lstat() for each in (base, path)]
+    except OSError as error:
+        raise BlockferryError(
+            f"{path}: the directory for mounts cannot be made: {error.strerror}",
+            remedy="Set XDG_RUNTIME_DIR to a directory that is yours.",
+        ) from None
+    # Below /tmp anybody could have made them before us.
+    ours = all(stat.S_ISDIR(facts.st_mode) and facts.st_uid == user and not facts.st_mode & 0o022 for facts in both)
+    if not ours or both[1].st_mode & 0o077:
+        raise BlockferryError(
+            f"{path}: is not a directory that only you can enter",
+            remedy="Remove it, or set XDG_RUNTIME_DIR to a directory that is yours.",
+        )
+    return path
+
+
+def _sweep(root: Path) -> None:
+    """Remove the mounts whose owner died: nobody holds their lock."""
+    for directory in root.iterdir():
+        with contextlib.suppress(OSError), _locked(directory, wait=False):
+            log.info("%s: clearing away what a process that died has left", directory)
+            _clear(directory)
+
+
+def _clear(directory: Path) -> None:
+    """Unmount and remove a mount's directory; what cannot be removed yet is left for the next sweep."""
+    point = directory / "tree"
+    if _is_mounted(point):
+        _unmount(point)
+    try:
+        if point.exists():
+            point.rmdir()
+        directory.rmdir()
+    except OSError as error:
+        log.debug("%s: left for later: %s", directory, error)
+
+
+def _is_mounted(point: Path) -> bool:
+    """Tell whether something is mounted, be its server alive or dead (ENOTCONN)."""
+    try:
+        return point.is_mount()
+    except OSError:
+        return True
+
+
+def _fusermount() -> str:
+    """Return the program that mounts and unmounts, for root as for others; ToolMissingError without it."""
+    found = shutil.which("fusermount3")
+    if found is None:
+        raise ToolMissingError("fusermount3 is not installed", remedy="Install the package fuse3.")
+    return found
+
+
+def _serve(tree: Tree, point: Path) -> threading.Thread:
+    """Start the server of a tree and return its thread once the mount answers."""
+    _fusermount()
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise ToolMissingError(
+            "/dev/fuse cannot be opened",
+            remedy="Load the kernel module (modprobe fuse); in a container, add the device.",
+        )
+    server_class = _server_class()
+    ready, ended = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            server_class(tree, point, ready)
+        except BaseException as error:  # handed to the thread that waits
+            failures.append(error)
+        ended.set()
+        ready.set()
+
+    thread = threading.Thread(target=serve, name="fuse", daemon=True)
+    thread.start()
+    if not ready.wait(_PATIENCE) or ended.is_set():
+        raise BlockferryError(
+            f"{point}: FUSE could not mount it ({failures[0] if failures else 'no answer'})",
+            remedy="May this user mount? Try as root, or look at fusermount3's message above.",
+        )
+    return thread
+
+
+@contextlib.contextmanager
+def _terminating_signals_raise() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise SystemExit here where they would have ended the process without a trace."""
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for each in taken:
+        signal.signal(each, _exit_by_signal)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _exit_by_signal(number: int, _frame: types.FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _server_class() -> type[TreeServer]:
+    """Return the class whose instances serve a tree, from being made until the tree is unmounted."""
+    # mfusepy prefers version 2 by itself, and looks for its library only once, when it is imported.
+    # Its name ends in .3 until libfuse 3.16 and in .4 since.
+    previous = os.environ.setdefault("FUSE_LIBRARY_PATH", ctypes.util.find_library("fuse3") or "libfuse3.so.3")
+    try:
+        module = importlib.import_module("blockferry.fuse_server")
+    except OSError:
+        raise ToolMissingError(f"{previous} is not installed", remedy="Install the package fuse3.") from None
+    server: type[TreeServer] = module.TreeServer
+    return server

@@ -1,0 +1,124 @@
+"""libfuse's callbacks, answered from a `Tree`. Imported by `fuse.py` alone, which says how libfuse is found.
+
+mfusepy brings the C structures and the loop. Its handlers are replaced where they copy: a tree fills libfuse's own
+buffer, and a directory is listed with its entries' attributes (READDIRPLUS), which spares a request an entry.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mfusepy
+
+from blockferry.fuse import Node, Tree
+
+log = logging.getLogger(__name__)
+
+_MOST_PER_READ = 1 << 20
+"""What the kernel asks for at once: its own limit of 256 pages."""
+_THREADS = 8
+"""How many threads are kept waiting for requests."""
+_FOREVER = 86400.0
+"""Seconds for which the kernel may trust names and attributes: a tree does not change while it is mounted."""
+_FILL_DIR_PLUS = 2
+"""`FUSE_FILL_DIR_PLUS` of fuse.h: the entry carries its attributes."""
+
+
+class _Callbacks:
+    """The operations that libfuse is to call: mfusepy looks for their names here, `TreeServer` has their code.
+
+    `listxattr` is not among them: libfuse then answers ENOSYS, and the kernel never asks again.
+    """
+
+    use_ns = True
+    init = getattr = readdir = open = read = lseek = True
+
+
+class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
+    """Serves a tree from being made until the tree is unmounted. The callbacks' names are mfusepy's."""
+
+    def __init__(self, tree: Tree, point: Path, ready: threading.Event) -> None:
+        """Mount `tree` on `point` and set `ready` when it answers; RuntimeError if libfuse cannot mount it."""
+        self.tree = tree
+        self.ready = ready
+        super().__init__(
+            _Callbacks(),
+            os.fspath(point),
+            foreground=True,
+            ro=True,
+            fsname="blockferry",
+            subtype="blockferry",
+            max_read=_MOST_PER_READ,
+            # Left out, libfuse 3.14 complains about its own default on stderr (lib/helper.c).
+            max_idle_threads=_THREADS,
+        )
+
+    def _wrapper(self, func: Callable[..., int | None], *arguments: Any) -> int:
+        """Call a callback; what it raises becomes an errno, for an exception cannot pass through C."""
+        try:
+            return func(*arguments) or 0
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except BaseException:
+            log.exception("the tree failed")
+            return -errno.EIO
+
+    def init_fuse_3(self, connection: Any, config: Any) -> None:
+        """Set what is only settable here, and tell whoever waits that the kernel has connected."""
+        connection.contents.max_read = _MOST_PER_READ
+        settings = config.contents
+        settings.use_ino = 1
+        # Reads then come as the reader makes them, up to the limit, and do not fill the page cache.
+        settings.direct_io = 1
+        settings.entry_timeout = settings.attr_timeout = settings.negative_timeout = _FOREVER
+        self.ready.set()
+
+    def getattr_fuse_3(self, path: bytes, into: Any, _file: Any) -> None:
+        """Answer `stat`."""
+        ctypes.memset(into, 0, ctypes.sizeof(mfusepy.c_stat))
+        _fill(into.contents, self.tree.node(os.fsdecode(path)))
+
+    def readdir_fuse_3(self, path: bytes, into: Any, add: Any, _offset: int, _file: Any, _flags: int) -> None:
+        """List a directory in one go: libfuse keeps the listing while the directory is open."""
+        directory = os.fsdecode(path)
+        entry = mfusepy.c_stat()
+        itself = self.tree.node(directory)
+        for name, node in [(".", itself), ("..", itself), *self.tree.children(directory)]:
+            _fill(entry, node)
+            if add(into, os.fsencode(name), entry, 0, _FILL_DIR_PLUS):
+                raise OSError(errno.ENOMEM, "the listing does not fit")
+
+    def open(self, path: bytes, file: Any) -> None:
+        """Open a file for reading."""
+        if file.contents.flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, "read-only")
+        file.contents.fh = self.tree.open(os.fsdecode(path))
+
+    def read(self, _path: bytes, into: Any, size: int, offset: int, file: Any) -> int:
+        """Let the tree fill libfuse's buffer."""
+        buffer = ctypes.cast(into, ctypes.POINTER(ctypes.c_ubyte * size)).contents
+        return self.tree.read_into(file.contents.fh, offset, memoryview(buffer).cast("B"))
+
+    def lseek(self, _path: bytes, offset: int, whence: int, file: Any) -> int:
+        """Answer SEEK_DATA and SEEK_HOLE: the kernel does the other kinds by itself."""
+        return self.tree.seek(file.contents.fh, offset, whence)
+
+
+def _fill(entry: Any, node: Node) -> None:
+    """Write a node into a C `struct stat`."""
+    entry.st_ino = node.inode
+    entry.st_mode = stat.S_IFDIR | 0o700 if node.is_directory else stat.S_IFREG | 0o600
+    entry.st_nlink = 1
+    entry.st_size = node.size
+    entry.st_blocks = -(-node.size // 512)
+    seconds, nanoseconds = divmod(node.mtime_ns, 10**9)
+    for time in (entry.st_mtimespec, entry.st_ctimespec, entry.st_atimespec):
+        time.tv_sec, time.tv_nsec = seconds, nanoseconds

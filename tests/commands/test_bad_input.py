@@ -1,0 +1,232 @@
+"""What a user can get wrong, and what a disk or repository can do: one or two lines, the right code, nothing lost."""
+
+import contextlib
+import filecmp
+import os
+import random
+import subprocess
+import threading
+import time
+
+import pytest
+
+from commands_support import Depot, blockferry, command, new_depot, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["used", "/nonexistent/disk.img"], 1, ["/nonexistent/disk.img", "no such file"]),
+        (["used", "/dev/null"], 1, ["neither a block device nor an image file"]),
+        (["used", "/tmp"], 1, ["neither a block device nor an image file"]),
+        (["used"], 2, ["volume"]),
+        (["flurb"], 2, ["flurb"]),
+        (["used", "--flurb", "x"], 2, ["--flurb"]),
+        (["snapshots"], 2, ["--repo"]),
+        (["snapshots", "--repo", "tape:/dev/st0"], 2, ["tape:/dev/st0", "borg:"]),
+        (["snapshots", "--repo", "/srv/backup"], 2, ["/srv/backup", "borg:"]),
+        (["snapshots", "--repo", "borg:/nonexistent/repo"], 1, ["/nonexistent/repo"]),
+        (["snapshots", "--repo", "restic:/nonexistent/repo"], 1, ["/nonexistent/repo"]),
+    ],
+)
+def test_wrong_words(arguments, code, words):
+    blockferry(*arguments, env={"RESTIC_PASSWORD": "x", "BORG_PASSPHRASE": "x"}).refused(code, *words)
+
+
+def test_both_tools_in_the_environment_are_one_too_many():
+    blockferry("snapshots", env={"BORG_REPO": "/a", "RESTIC_REPOSITORY": "/b"}).refused(2, "both")
+
+
+@pytest.mark.root
+def test_no_permission(depot: Depot, image, tmp_path):
+    image.chmod(0o600)
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    run("chmod", "a+x", *[each for each in [tmp_path, *tmp_path.parents] if str(each) != "/"])
+    done = subprocess.run(
+        [*as_nobody, *command("used", image)],
+        env=os.environ | {"BLOCKFERRY_STATE_DIR": "/nonexistent", "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "Permission denied" in done.stderr
+
+
+def test_a_wrong_or_missing_passphrase(depot: Depot, image):
+    secret = next(iter(depot.env))
+    depot.ferry("backup", image, **{secret: "guessed"}).refused(1, "passphrase" if depot.tool == "borg" else "password")
+    blockferry("snapshots", "--repo", depot.reference).refused(1)
+    assert depot.archives() == []
+
+
+def test_a_locked_repository_is_for_later(depot: Depot, image):
+    with locked(depot):
+        depot.ferry("backup", image).refused(75, "lock")
+    assert depot.ferry("backup", image).code == 0
+
+
+@contextlib.contextmanager
+def locked(depot: Depot):
+    """Hold the repository's exclusive lock by the stock tool itself."""
+    env = os.environ | depot.env
+    if depot.tool == "borg":
+        holding = ["borg", "with-lock", str(depot.path), "sleep", "60"]
+    else:
+        # A check holds an exclusive lock, and reads this slowly for longer than the test lasts.
+        run("restic", "-r", depot.path, "backup", "/etc/passwd", env=env)
+        holding = ["restic", "-r", str(depot.path), "--limit-download=1", "check", "--read-data"]
+    holder = subprocess.Popen(holding, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    held = depot.path / {"borg": "lock.exclusive", "restic": "locks"}[depot.tool]
+    try:
+        while not (held.exists() and any(held.iterdir())):
+            assert holder.poll() is None
+            time.sleep(0.02)
+        yield
+    finally:
+        holder.terminate()
+        holder.wait()
+
+
+def test_a_snapshot_that_is_not_there(depot: Depot, image, tmp_path):
+    depot.ferry("restore", "latest", tmp_path / "x").refused(1, "no snapshot")
+    depot.ferry("backup", image)
+    depot.ferry("backup", image)
+    depot.ferry("restore", "zzz", tmp_path / "x").refused(1, "zzz", "no such snapshot")
+    depot.ferry("restore", "", tmp_path / "x").refused(1, "no such snapshot")
+    assert not (tmp_path / "x").exists()
+
+
+def test_archives_of_others_are_neither_listed_nor_restored(depot: Depot, image, tmp_path):
+    depot.stock(*(["create", "::mine", image] if depot.tool == "borg" else ["backup", image]))
+    depot.ferry("snapshots", "--json").json()
+    assert depot.ferry("snapshots", "--json").json()["snapshots"] == []
+    name = depot.archives()[0]
+    depot.ferry("restore", name[:8], tmp_path / "x").refused(1, "no snapshot")
+
+
+def test_a_target_that_is_too_small(depot: Depot, image, attach, tmp_path):
+    depot.ferry("backup", image)
+    if os.geteuid():
+        pytest.skip("needs root for a loop device")
+    small = tmp_path / "small.img"
+    run("truncate", "-s", "100M", small)
+    depot.ferry("restore", "latest", attach(small), "--force").refused(1, "small")
+    with small.open("rb") as file:
+        assert not any(file.read(1 << 20))
+
+
+@pytest.mark.root
+def test_a_target_that_is_mounted(depot: Depot, image, mount, attach, tmp_path):
+    depot.ferry("backup", image)
+    other = tmp_path / "other.img"
+    run("truncate", "-s", "300M", other)
+    run("mkfs.ext4", "-q", other)
+    device = attach(other)
+    place = mount(device)
+    for target in (device, other):
+        depot.ferry("restore", "latest", target, "--force").refused(1, "mounted", str(place))
+    run("umount", place)
+    run("e2fsck", "-fn", other)
+
+
+def test_a_target_that_holds_a_filesystem(depot: Depot, image, tmp_path):
+    depot.ferry("backup", image)
+    other = tmp_path / "other.img"
+    run("truncate", "-s", "300M", other)
+    run("mkfs.xfs", "-q", other)
+    before = other.read_bytes()
+    depot.ferry("restore", "latest", other).refused(1, "xfs", "--force")
+    assert other.read_bytes() == before
+
+
+def test_a_target_directory_that_is_not_there(depot: Depot, image, tmp_path):
+    depot.ferry("backup", image)
+    depot.ferry("restore", "latest", tmp_path / "no" / "such" / "file").refused(1, "no such file")
+    depot.ferry("restore", "latest", tmp_path).refused(1, "directory")
+
+
+def test_a_damaged_archive_is_named_and_leaves_no_target(depot: Depot, image, tmp_path):
+    depot.ferry("backup", image)
+    packs = [each for each in (depot.path / "data").rglob("*") if each.is_file()]
+    largest = max(packs, key=lambda each: each.stat().st_size)
+    largest.chmod(0o600)
+    with largest.open("r+b") as file:
+        for position in range(10_000, largest.stat().st_size, largest.stat().st_size // 50):
+            file.seek(position)
+            file.write(b"\xaa" * 64)
+    target = tmp_path / "x.img"
+    depot.ferry("verify", "latest").refused(1)
+    depot.ferry("restore", "latest", target).refused(1)
+    assert not target.exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("tool", ["borg", "restic"])
+def test_a_full_repository_disk(tool, image, mount, tmp_path):
+    small = tmp_path / "small.img"
+    run("truncate", "-s", "48M", small)
+    run("mkfs.ext4", "-q", "-m0", small)
+    place = mount(small, "loop")
+    noisy = tmp_path / "noisy.img"
+    noisy.write_bytes(os.urandom(80 << 20))
+    depot = new_depot(tool, place / "repository")
+    depot.ferry("backup", noisy).refused(1, "space")
+    assert depot.ferry("snapshots", "--json").json()["snapshots"] == []
+    run("rm", "-f", *place.glob("ballast*"))
+    little = tmp_path / "little.img"
+    little.write_bytes(os.urandom(1 << 20))
+    if tool == "restic":
+        depot.stock("prune", "--max-unused=0")
+    else:
+        depot.stock("compact")
+    assert depot.ferry("backup", little).code == 0
+
+
+def test_a_volume_that_shrinks_while_it_is_read(depot: Depot, tmp_path):
+    image = tmp_path / "shrinking.img"
+    image.write_bytes(os.urandom(64 << 20))
+
+    def shrink():
+        time.sleep(1.0)
+        os.truncate(image, 1 << 20)
+
+    cutter = threading.Thread(target=shrink)
+    cutter.start()
+    done = depot.ferry("backup", image)
+    cutter.join()
+    if done.code == 0:
+        pytest.skip("the backup was done before the volume shrank: this machine is too fast for it")
+    done.refused(1)
+    assert depot.archives() == []
+    assert depot.ferry("snapshots", "--json").json()["snapshots"] == []
+
+
+def test_a_second_backup_of_one_volume_at_the_same_time_is_for_later(depot: Depot, tmp_path):
+    image = tmp_path / "big.img"
+    image.write_bytes(os.urandom(200 << 20))
+    first = subprocess.Popen(
+        command("backup", image, "--repo", depot.reference), env=os.environ | depot.env, stdout=subprocess.DEVNULL
+    )
+    codes = set()
+    while first.poll() is None:
+        codes.add(depot.ferry("backup", image).code)
+    assert first.returncode in {0, 75}
+    assert codes <= {0, 75}
+    assert 75 in codes
+
+
+def test_random_bytes_in_a_filesystem_image_lose_nothing(depot: Depot, image, tmp_path):
+    chance = random.Random(3)
+    whole = image.read_bytes()
+    for attempt in range(6):
+        broken = bytearray(whole)
+        for _ in range(200):
+            broken[chance.randrange(0, 300_000)] = chance.randrange(256)
+        damaged, back = tmp_path / f"broken{attempt}.img", tmp_path / f"back{attempt}.img"
+        damaged.write_bytes(broken)
+        stored = depot.ferry("backup", damaged, "--json").json()
+        if stored["tier"] == "whole":
+            assert stored["tier_reason"]
+            depot.ferry("restore", stored["snapshot"], back)
+            assert filecmp.cmp(damaged, back, shallow=False)

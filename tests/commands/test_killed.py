@@ -1,0 +1,119 @@
+"""Killed at a random point: nothing that looks complete, nothing mounted, and the next backup works."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from commands_support import Depot, blockferry, command, run
+
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_KILLS", "4"))
+
+
+def children(pid: int) -> list[int]:
+    """Return a process and all that descend from it."""
+    found, seen = [pid], 0
+    while seen < len(found):
+        for task in Path(f"/proc/{found[seen]}/task").glob("*/children"):
+            found += [int(each) for each in task.read_text().split()]
+        seen += 1
+    return found
+
+
+def name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def mounts() -> list[str]:
+    return [line for line in Path("/proc/self/mounts").read_text().splitlines() if "blockferry" in line]
+
+
+@pytest.mark.parametrize("victim", ["blockferry", "tool", "terminate", "interrupt"])
+def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim):
+    image = tmp_path / "noise.img"
+    image.write_bytes(os.urandom(96 << 20))
+    chance = random.Random(f"{depot.tool} {victim}")
+    before = mounts()
+    begun = time.monotonic()
+    assert depot.ferry("backup", image).code == 0
+    usual = time.monotonic() - begun
+    for archive in depot.archives():
+        depot.stock("delete", f"::{archive}") if depot.tool == "borg" else depot.stock("forget", "--prune", archive)
+    for _ in range(ROUNDS):
+        running = subprocess.Popen(
+            command("backup", image, "--repo", depot.reference),
+            env=os.environ | depot.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(chance.uniform(0.1, usual))
+        family = children(running.pid)
+        if victim == "tool":
+            marked = [each for each in family[1:] if "worker" in name(each) or "restic backup" in name(each)]
+            for each in marked:
+                kill(each, signal.SIGKILL)
+        else:
+            sent = {"blockferry": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[victim]
+            kill(running.pid, sent)
+        out, err = running.communicate(timeout=60)
+        assert "Traceback" not in err, err
+        wait_until_gone(family)
+        assert mounts() == before
+        complete = depot.ferry("snapshots", "--json").json()["snapshots"]
+        # Either the kill came too late, and then the snapshot is whole, or there is none.
+        assert len(complete) == (1 if running.returncode == 0 or complete else 0)
+        for each in complete:
+            assert depot.ferry("verify", each["id"], "--against", image).code == 0, (out, err)
+            depot.stock("delete", f"::{each['archive']}") if depot.tool == "borg" else depot.stock(
+                "forget", each["archive"]
+            )
+    assert depot.ferry("backup", image).code == 0
+    assert depot.ferry("verify", "latest", "--against", image).code == 0
+    depot.check()
+
+
+def kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def wait_until_gone(family: list[int]) -> None:
+    """Every process that belonged to the backup ends soon, whoever was killed."""
+    deadline = time.monotonic() + 20
+    while alive := [each for each in family if name(each)]:
+        assert time.monotonic() < deadline, [name(each) for each in alive]
+        time.sleep(0.05)
+
+
+def test_a_killed_restore_leaves_no_target_that_looks_complete(depot: Depot, tmp_path):
+    image, target = tmp_path / "noise.img", tmp_path / "back.img"
+    image.write_bytes(os.urandom(96 << 20))
+    assert depot.ferry("backup", image).code == 0
+    chance = random.Random(5)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        running = subprocess.Popen(
+            command("restore", "latest", target, "--repo", depot.reference),
+            env=os.environ | depot.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(chance.uniform(0.2, 0.9))
+        family = children(running.pid)
+        running.send_signal(number)
+        running.wait()
+        wait_until_gone(family)
+        if target.exists():
+            run("cmp", image, target)
+            target.unlink()
+    assert depot.ferry("restore", "latest", target).code == 0
+    run("cmp", image, target)
+    assert blockferry("used", target).code == 0

@@ -1,0 +1,105 @@
+"""Running the `blockferry` command and the stock tools as a user does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PASSPHRASE = "correct horse battery staple"
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    def refused(self, code: int, *words: str) -> Done:
+        """Assert that the command ended with this code, one short message with these words, and no traceback."""
+        assert self.code == code, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err
+        assert "internal error" not in self.err
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert 1 <= len(lines) <= 8, self.err
+        for word in words:
+            assert word.lower() in self.err.lower(), (word, self.err)
+        return self
+
+
+def command(*arguments: object) -> list[str]:
+    """Return the argument list that runs `blockferry` in this interpreter's environment."""
+    return [str(Path(sys.executable).with_name("blockferry")), *map(str, arguments)]
+
+
+def blockferry(*arguments: object, env: dict[str, str] | None = None, timeout: float = 240) -> Done:
+    """Run `blockferry` and wait for it."""
+    done = subprocess.run(
+        command(*arguments),
+        env=os.environ | (env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run(*arguments: object, **options: Any) -> str:
+    """Run any command; an AssertionError with all that it printed if it fails."""
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+    return done.stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Depot:
+    """A real repository, and the stock tool on it."""
+
+    tool: str
+    path: Path
+    env: dict[str, str]
+
+    @property
+    def reference(self) -> str:
+        return f"{self.tool}:{self.path}"
+
+    def ferry(self, *arguments: object, **env: str) -> Done:
+        """Run `blockferry ... --repo THIS`."""
+        return blockferry(*arguments, "--repo", self.reference, env=self.env | env)
+
+    def stock(self, *arguments: object) -> str:
+        """Run borg or restic itself; borg takes the repository from BORG_REPO."""
+        where = {"borg": {"BORG_REPO": str(self.path)}, "restic": {"RESTIC_REPOSITORY": str(self.path)}}[self.tool]
+        return run(self.tool, *arguments, env=os.environ | self.env | where)
+
+    def archives(self) -> list[str]:
+        """Return what the stock tool lists."""
+        if self.tool == "borg":
+            return [
+                each["name"] for each in json.loads(self.stock("list", "--json", "--consider-checkpoints"))["archives"]
+            ]
+        return [each["id"] for each in json.loads(self.stock("snapshots", "--json"))]
+
+    def check(self) -> None:
+        """Have the stock tool read and check everything."""
+        self.stock(*(["check", "--verify-data"] if self.tool == "borg" else ["check", "--read-data"]))
+
+
+def new_depot(tool: str, path: Path) -> Depot:
+    """Make an encrypted repository."""
+    secret = "BORG_PASSPHRASE" if tool == "borg" else "RESTIC_PASSWORD"
+    depot = Depot(tool, path, {secret: PASSPHRASE})
+    depot.stock(*(["init", "--encryption=repokey-blake2"] if tool == "borg" else ["init"]))
+    return depot

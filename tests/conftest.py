@@ -1,0 +1,73 @@
+"""What tests of every area share: a home of their own for all tools, loop devices, mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Attach = Callable[..., str]
+Mount = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    no_root = pytest.mark.skip(reason="needs root for loop devices and mounts: run scripts/test with sudo")
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(no_root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_the_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep borg, restic and blockferry away from the user's own repositories, caches, keys and state."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("BORG_", "RESTIC_", "BLOCKFERRY_")):
+                patch.delenv(name)
+        patch.setenv("BORG_BASE_DIR", str(home / "borg"))
+        patch.setenv("RESTIC_CACHE_DIR", str(home / "restic"))
+        patch.setenv("BLOCKFERRY_STATE_DIR", str(home / "state"))
+        yield home
+
+
+@pytest.fixture
+def attach() -> Iterator[Attach]:
+    """Return a function that shows an image as a loop device, `attach(image, "--read-only")`, until the test ends."""
+    with contextlib.ExitStack() as attached:
+
+        def attach_image(image: Path, *options: str) -> str:
+            command = ["losetup", "--find", "--show", *options, str(image)]
+            device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            attached.callback(subprocess.run, ["losetup", "--detach", device], check=True)
+            return device
+
+        yield attach_image
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """Return a function that mounts a device or image until the test ends: `mount(image, "ro")` returns the place."""
+    with contextlib.ExitStack() as mounted:
+
+        def mount_volume(volume: Path | str, *options: str) -> Path:
+            place = tmp_path / f"mounted-{len(list(tmp_path.glob('mounted-*')))}"
+            place.mkdir()
+            chosen = ["-o", ",".join(options)] if options else []
+            subprocess.run(["mount", *chosen, str(volume), str(place)], check=True)
+            mounted.callback(_unmount, place)
+            return place
+
+        yield mount_volume
+
+
+def _unmount(place: Path) -> None:
+    """Unmount unless the test did so itself."""
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)

@@ -1,0 +1,175 @@
+"""The shell commands of docs/recovery.md bring volumes back from real repositories, without blockferry."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
+BLOCKFERRY = str(Path(sys.executable).with_name("blockferry"))
+MIB = 1 << 20
+SIZE = 64 * MIB
+
+Attach = Callable[..., str]
+
+pytestmark = pytest.mark.root
+
+
+def blocks(heading: str) -> list[str]:
+    """Return the shell blocks below a heading of the page, in order."""
+    below = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert below, f"docs/recovery.md has no section {heading!r}"
+    return re.findall(r"```sh\n(.*?)```", below[1], re.DOTALL)
+
+
+def run_shell(script: str, places: dict[str, object]) -> str:
+    """Run a script of the page with its example places replaced by real ones; return what it printed."""
+    for example, real in places.items():
+        assert example in script, f"the page no longer says {example}"
+        script = script.replace(example, str(real))
+    done = subprocess.run(
+        ["sh", "-euxc", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def blockferry(*arguments: str) -> dict[str, object]:
+    done = subprocess.run([BLOCKFERRY, *arguments, "--json"], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of ext4 with files, and with junk in its free space that no restore has to bring back."""
+    directory = tmp_path_factory.mktemp("volume")
+    files = directory / "files"
+    files.mkdir()
+    for number in range(40):
+        (files / f"file {number}").write_bytes(os.urandom(number * 20_000))
+    image = directory / "volume.img"
+    image.write_bytes(os.urandom(MIB) * (SIZE // MIB))
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(files), str(image)], check=True)
+    return image
+
+
+@pytest.fixture
+def worn_device(tmp_path: Path, attach: Attach) -> Path:
+    """A block device, larger than the volume, that is full of something else."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"old!" * ((SIZE + 8 * MIB) // 4))
+    return Path(attach(disk))
+
+
+def assert_restored(target: Path, volume: Path) -> None:
+    """Compare every byte in use, and let e2fsck have its say."""
+    extents = blockferry("used", str(volume))["extents"]
+    assert isinstance(extents, list)
+    assert extents
+    with target.open("rb") as restored, volume.open("rb") as original:
+        for start, length in extents:
+            restored.seek(start)
+            original.seek(start)
+            assert restored.read(length) == original.read(length), f"bytes from {start} on differ"
+    subprocess.run(["e2fsck", "-fn", str(target)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def borg_archive(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    repository = tmp_path_factory.mktemp("borg") / "repository"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BORG_PASSPHRASE", "secret")
+        subprocess.run(["borg", "init", "--encryption=repokey-blake2", str(repository)], check=True)
+        return repository, str(blockferry("backup", str(volume), "--repo", f"borg:{repository}")["archive"])
+
+
+@pytest.fixture
+def borg_places(borg_archive: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    monkeypatch.setenv("BORG_PASSPHRASE", "secret")
+    return {"/srv/backup/borg": borg_archive[0], "the-name-of-the-archive": borg_archive[1]}
+
+
+def test_borg_extract_writes_the_volume_over_a_used_device(
+    volume: Path, worn_device: Path, borg_places: dict[str, object]
+) -> None:
+    variables, record, write, *_others = blocks("From borg")
+    printed = run_shell(variables + record + write, borg_places | {"/dev/sdX": worn_device})
+    assert json.loads(printed)["size"] == SIZE
+    assert_restored(worn_device, volume)
+
+
+def test_borg_extract_writes_the_volume_to_a_sparse_file(
+    volume: Path, tmp_path: Path, borg_places: dict[str, object]
+) -> None:
+    variables, _record, _write, write_sparse, *_others = blocks("From borg")
+    target = tmp_path / "restored.img"
+    run_shell(variables + write_sparse, borg_places | {"/dev/sdX": target})
+    assert_restored(target, volume)
+    assert target.stat().st_size == SIZE
+    assert target.stat().st_blocks * 512 < SIZE * 3 // 4
+
+
+def test_borg_mount_shows_single_files_of_the_volume(tmp_path: Path, borg_places: dict[str, object]) -> None:
+    variables, _record, _write, _write_sparse, look = blocks("From borg")
+    if subprocess.run(["borg", "mount", "--help"], capture_output=True, check=False).returncode:
+        pytest.skip("this borg cannot mount: install python3-pyfuse3, or run scripts/bootstrap --test as root")
+    archive, mounted = tmp_path / "archive", tmp_path / "mounted"
+    look = look.replace("umount /mnt/volume", "ls /mnt/volume\numount /mnt/volume", 1)
+    places = borg_places | {"/mnt/archive": archive, "/mnt/volume": mounted}
+    try:
+        printed = run_shell(variables + look, places)
+    finally:
+        for place in (mounted, archive):
+            if place.is_mount():
+                subprocess.run(["umount", "--lazy", str(place)], check=True)
+    assert "file 7\n" in printed
+
+
+@pytest.fixture(scope="module")
+def restic_repository(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("restic") / "repository"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESTIC_PASSWORD", "secret")
+        subprocess.run(["restic", "init", "--quiet", "--repo", str(repository)], check=True)
+        blockferry("backup", str(volume), "--repo", f"restic:{repository}")
+    return repository
+
+
+@pytest.mark.parametrize("target_is", ["device", "new file", "old file"])
+def test_restic_restore_and_a_loop_put_the_volume_together(
+    target_is: str,
+    volume: Path,
+    worn_device: Path,
+    restic_repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RESTIC_PASSWORD", "secret")
+    target = worn_device if target_is == "device" else tmp_path / "restored.img"
+    if target_is == "old file":
+        target.write_bytes(b"old!" * (SIZE // 4 + 99))
+    places = {"/srv/backup/restic": restic_repository, "/dev/sdX": target, "/var/tmp/volume": tmp_path / "scratch"}
+    run_shell("".join(blocks("From restic")), places)
+    assert_restored(target, volume)
+    assert target_is == "device" or target.stat().st_size == SIZE
+
+
+def test_the_page_names_the_filesystem_afterwards(volume: Path) -> None:
+    (look,) = blocks("Afterwards")
+    assert 'TYPE="ext4"' in run_shell(f"TARGET={volume}\n{look}", {})
+
+
+def test_every_command_on_the_page_is_run_here() -> None:
+    assert {heading: len(blocks(heading)) for heading in ("From borg", "From restic", "Afterwards")} == {
+        "From borg": 5,
+        "From restic": 4,
+        "Afterwards": 1,
+    }
+    assert PAGE.read_text().count("```sh") == 10
