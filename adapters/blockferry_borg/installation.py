@@ -19,7 +19,7 @@ from pathlib import Path
 from blockferry.errors import ToolMissingError
 
 COMMAND_VARIABLE = "BLOCKFERRY_BORG"
-_LAST_BETA_UNKNOWN = 22
+_FIRST_BETA = ("b", 23)
 """`borg create --map` came with 2.0.0b23."""
 _PATIENCE = 60.0
 """Seconds for which `borg --version` may take, on a disk that is busy with something else."""
@@ -116,11 +116,11 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _way(command: str, version: str, *, modules: bool) -> Way:
     """Return how to work with a version; raise ToolMissingError for one that nobody tried."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+)(?:b(\d+))?)?", version)
+    match = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(?:(a|b|rc)(\d+))?", version)
     series = (int(match[1]), int(match[2])) if match else (0, 0)
     if series in ((1, 2), (1, 4)):
         return Way.WORKER if modules else Way.STANDALONE
-    if match and series == (2, 0) and (match[4] is None or int(match[4]) > _LAST_BETA_UNKNOWN):
+    if match and series == (2, 0) and (match[3] or "rc", int(match[4] or 0)) >= _FIRST_BETA:
         return Way.MAPPED
     raise ToolMissingError(
         f"{command}: borg {version} is of a series that blockferry does not know",

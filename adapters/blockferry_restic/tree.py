@@ -112,6 +112,8 @@ class SegmentTree:
                 remedy="Make a full backup, and run `restic check`.",
             )
         count = max(0, min(len(buffer), self.segments.length(number) - offset))
+        if not count:  # how a reader finds the end
+            return 0
         self.source.read_into(number * self.segments.unit + offset, buffer[:count])
         with self._lock:
             self.served += count

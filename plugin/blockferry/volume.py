@@ -157,13 +157,17 @@ def probe(path: str, *, offset: int = 0, size: int = 0) -> dict[str, str]:
         raise ToolMissingError("blkid is not installed", remedy="It comes with util-linux.")
     where = [f"--offset={offset}", f"--size={size}"] if size else []
     command = [blkid, "--probe", "--output", "export", *where, "--", path]
-    # A child of ours still sees /proc/self as itself: hand over the descriptor behind such a path.
-    match = re.fullmatch(r"/proc/self/fd/(\d+)", path)
     done = subprocess.run(
-        command, capture_output=True, pass_fds=[int(match[1])] if match else [], stdin=subprocess.DEVNULL, check=False
+        command, capture_output=True, pass_fds=descriptors_behind(path), stdin=subprocess.DEVNULL, check=False
     )
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def descriptors_behind(path: str) -> list[int]:
+    """Return the descriptor that a child has to inherit to see what we see at `/proc/self/fd/N`; else none."""
+    match = re.fullmatch(r"/proc/self/fd/(\d+)", path)
+    return [int(match[1])] if match else []
 
 
 def default_name(path: str) -> str:

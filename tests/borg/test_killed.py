@@ -157,13 +157,12 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
     monkeypatch.setenv("BLOCKFERRY_BORG_CHECKPOINT", "1")
     repository = open_repository(place)
 
-    def sleep_and_kill() -> None:
-        wait_until(lambda: len(checkpoints()) == 1)
+    def kill() -> None:
         (worker,) = workers()
         os.kill(worker, signal.SIGKILL)
 
     def checkpoints() -> list[str]:
-        listed = place.run("--bypass-lock", "list", "--consider-checkpoints", "--short", place.location, check=False)
+        listed = place.run("list", "--consider-checkpoints", "--short", place.location)
         return [name for name in listed.stdout.decode().split() if ".checkpoint" in name]
 
     class Unhurried(WatchedVolume):
@@ -171,7 +170,7 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
             super().read_into(offset, buffer)
             time.sleep(0.4)
 
-    volume = Unhurried(content(SIZE), at=50 * MIB, act=sleep_and_kill)
+    volume = Unhurried(content(SIZE), at=50 * MIB, act=kill)
     with pytest.raises(BlockferryError):
         store(repository, volume, WHOLE)
     assert repository.snapshots() == []
@@ -179,7 +178,7 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
     place.run("list", "--consider-checkpoints", f"{place.location}::{checkpoints()[0]}")
 
     stored = store(repository, Volume(content(SIZE)), WHOLE)
-    assert stored.bytes_stored < 0.6 * 0.5 * SIZE
+    assert stored.bytes_stored < 0.8 * 0.5 * SIZE  # half of it compresses to nothing
     assert repository.snapshots() == [stored.snapshot]
     assert checkpoints() == []
     assert place.extract(stored.snapshot.archive) == content(SIZE).tobytes()

@@ -74,7 +74,9 @@ def locked(depot: Depot):
         holding = ["borg", "with-lock", str(depot.path), "sleep", "60"]
     else:
         # A check holds an exclusive lock, and reads this slowly for longer than the test lasts.
-        run("restic", "-r", depot.path, "backup", "/etc/passwd", env=env)
+        ballast = depot.path.with_name("ballast")
+        ballast.write_bytes(os.urandom(1 << 20))
+        run("restic", "-r", depot.path, "backup", ballast, env=env)
         holding = ["restic", "-r", str(depot.path), "--limit-download=1", "check", "--read-data"]
     holder = subprocess.Popen(holding, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     held = depot.path / {"borg": "lock.exclusive", "restic": "locks"}[depot.tool]
@@ -111,7 +113,7 @@ def test_a_target_that_is_too_small(depot: Depot, image, attach, tmp_path):
         pytest.skip("needs root for a loop device")
     small = tmp_path / "small.img"
     run("truncate", "-s", "100M", small)
-    depot.ferry("restore", "latest", attach(small), "--force").refused(1, "small")
+    depot.ferry("restore", "latest", attach(small), "--force").refused(1, "has 104857600 bytes", "large enough")
     with small.open("rb") as file:
         assert not any(file.read(1 << 20))
 
@@ -124,8 +126,8 @@ def test_a_target_that_is_mounted(depot: Depot, image, mount, attach, tmp_path):
     run("mkfs.ext4", "-q", other)
     device = attach(other)
     place = mount(device)
-    for target in (device, other):
-        depot.ferry("restore", "latest", target, "--force").refused(1, "mounted", str(place))
+    depot.ferry("restore", "latest", device, "--force").refused(1, "mounted", str(place))
+    depot.ferry("restore", "latest", other, "--force").refused(1, "in use", device)
     run("umount", place)
     run("e2fsck", "-fn", other)
 
@@ -171,7 +173,7 @@ def test_a_full_repository_disk(tool, image, mount, tmp_path):
     noisy = tmp_path / "noisy.img"
     noisy.write_bytes(os.urandom(80 << 20))
     depot = new_depot(tool, place / "repository")
-    depot.ferry("backup", noisy).refused(1, "space")
+    depot.ferry("backup", noisy).refused(1, "full" if tool == "restic" else "space", "room")
     assert depot.ferry("snapshots", "--json").json()["snapshots"] == []
     run("rm", "-f", *place.glob("ballast*"))
     little = tmp_path / "little.img"
@@ -213,7 +215,7 @@ def test_a_second_backup_of_one_volume_at_the_same_time_is_for_later(depot: Depo
         codes.add(depot.ferry("backup", image).code)
     assert first.returncode in {0, 75}
     assert codes <= {0, 75}
-    assert 75 in codes
+    assert 75 in codes | {first.returncode}
 
 
 def test_random_bytes_in_a_filesystem_image_lose_nothing(depot: Depot, image, tmp_path):

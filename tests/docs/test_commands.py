@@ -1,15 +1,22 @@
-"""docs/commands.md shows what the commands say of themselves; UPDATE_DOCS=1 writes it anew."""
+"""docs/commands.md shows what the commands say of themselves (UPDATE_DOCS=1 writes that anew), and what they print."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pytest
 from click.testing import CliRunner
 
 from blockferry.cli.main import cli
+from blockferry.snapshot import Record
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
@@ -42,3 +49,48 @@ def test_the_page_shows_the_help_of_every_command() -> None:
         PAGE.write_text(before + mark + documented())
     else:
         assert shown == documented(), "run: UPDATE_DOCS=1 pytest tests/docs/test_commands.py"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """What the commands print as JSON, by command, for one backup of a small volume and its restore."""
+    place = tmp_path_factory.mktemp("commands")
+    image, repository, copy = place / "volume.img", f"borg:{place}/repository", place / "restored.img"
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BORG_PASSPHRASE", "secret")
+        subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
+        return {
+            words[0] if words[0] != "catalog" else "catalog rebuild": blockferry(*words)
+            for words in (
+                ("used", image),
+                ("backup", image, "--repo", repository),
+                ("snapshots", "--repo", repository),
+                ("show", "latest", "--repo", repository),
+                ("restore", "latest", copy, "--repo", repository),
+                ("verify", "latest", "--repo", repository, "--against", copy),
+                ("doctor",),
+                ("catalog", "rebuild", "--repo", repository),
+            )
+        }
+
+
+def blockferry(*words: str | Path) -> dict[str, object]:
+    command = [str(Path(sys.executable).with_name("blockferry")), *map(str, words), "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def test_the_page_names_the_fields_of_every_json_result(printed: dict[str, dict[str, object]]) -> None:
+    rows = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+    assert rows.keys() == printed.keys()
+    for command, result in printed.items():
+        text, _, of_entries = rows[command].partition("a list of objects with")
+        named = set(re.findall(r"`(\w+)`", text)) - {"start", "length"}
+        if "the fields of [the record]" in text:
+            named |= {field.name for field in dataclasses.fields(Record)}
+        assert named | {"version"} == set(result), command
+        if of_entries:
+            (entries,) = (value for value in result.values() if isinstance(value, list))
+            assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command

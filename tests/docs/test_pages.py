@@ -84,3 +84,15 @@ def test_the_script_on_the_format_page_prints_a_stored_map(tmp_path: Path) -> No
     script.write_text(source)
     printed = subprocess.run([sys.executable, script, stored], check=True, capture_output=True, text=True).stdout
     assert printed == block_map.to_lines()
+
+
+def test_the_architecture_page_has_a_place_for_every_module() -> None:
+    packages = [ROOT / "plugin" / "blockferry", ROOT / "adapters"]
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for package in packages
+        for path in package.iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    listed = set(re.findall(r"`(\w+(?:/|\.py))`", page("architecture.md")))
+    assert listed == there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,10 @@ def test_a_base_that_lost_its_data_aborts_and_leaves_no_snapshot(
     repository_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESTIC_PACK_SIZE", "4")
+    image.write(0, random.Random(3).randbytes(image.size))
     repository = open_repository(repository_path)
     base = store(repository, image)[0].snapshot
-    pack_of_the_first_segment(repository_path, base.archive).unlink()
+    pack_of_a_segment(repository_path, base.archive).unlink()
     restic(repository_path, "repair", "index")
     with pytest.raises(DamagedSnapshotError, match="no longer has the segment") as caught:
         store(repository, image, base, ExtentSet.empty())
@@ -84,18 +86,17 @@ def test_a_base_that_lost_its_data_aborts_and_leaves_no_snapshot(
     assert repository.snapshots() == [base]
 
 
-def pack_of_the_first_segment(repository: Path, snapshot: str) -> Path:
+def pack_of_a_segment(repository: Path, snapshot: str) -> Path:
     """Return a pack that holds data of the image and none of the small files beside it."""
     reader = RepositoryReader(repository, PASSWORD)
     index = reader.index()
     root = reader.root(index, snapshot)
     directory = reader.tree(index, reader.tree(index, root.directories["volume"]).directories["000000"])
-    first = directory.files["0000000000000000"]
 
-    def packs(file: File) -> list[str]:
-        return [index.place(row)[0] for row in reader.locate(index, file.content).tolist()]
+    def packs(files: Iterable[File]) -> set[str]:
+        return {index.place(row)[0] for file in files for row in reader.locate(index, file.content).tolist()}
 
-    name = next(name for name in packs(first) if all(name not in packs(file) for file in root.files.values()))
+    name = min(packs(directory.files.values()) - packs(root.files.values()))
     return repository / "data" / name[:2] / name
 
 

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from blockferry.extents import ExtentSet
 from blockferry.used import ext4
+from blockferry.used.ext4_blocks import BlockReader
 from blockferry.used.ext4_checksum import crc16, crc32c
+from blockferry.used.ext4_groups import read_descriptors
+from blockferry.used.ext4_superblock import Checksums, UnanswerableError, parse_superblock, raw_superblock
 from blockferry.volume import Volume
 from used_ext4_support import (
     MIB,
@@ -76,17 +79,17 @@ VARIANTS = [
     Variant("meta_bg, no checksums", "-t ext4 -b 1024 -g 512 -O meta_bg,^resize_inode,^metadata_csum"),
     Variant("meta_bg, every superblock", "-t ext4 -b 1024 -g 512 -O meta_bg,^resize_inode,^sparse_super"),
     Variant("bigalloc", "-t ext4 -O bigalloc -C 16384"),
-    Variant("bigalloc, 64 KiB clusters, many groups", "-t ext4 -O bigalloc -C 65536 -g 4096"),
-    Variant("bigalloc of 1 KiB blocks", "-t ext4 -b 1024 -O bigalloc -C 8192 -g 8192"),
-    Variant("bigalloc without flex_bg", "-t ext4 -O bigalloc,^flex_bg -C 32768 -g 4096"),
-    Variant("bigalloc without checksums", "-t ext4 -O bigalloc,^metadata_csum,uninit_bg -C 16384 -g 4096"),
+    Variant("bigalloc, 64 KiB clusters, many groups", "-t ext4 -O bigalloc -C 65536 -g 256", size=96 * MIB),
+    Variant("bigalloc of 1 KiB blocks", "-t ext4 -b 1024 -O bigalloc -C 8192 -g 512"),
+    Variant("bigalloc without flex_bg", "-t ext4 -O bigalloc,^flex_bg -C 32768 -g 256", size=96 * MIB),
+    Variant("bigalloc without checksums", "-t ext4 -O bigalloc,^metadata_csum,uninit_bg -C 16384 -g 256"),
     Variant("uninit_bg", "-t ext4 -O ^metadata_csum,uninit_bg -g 1024"),
     Variant("uninit_bg, descriptors of 32 bytes", "-t ext4 -O ^metadata_csum,^64bit,uninit_bg -g 1024"),
     Variant("no checksums", "-t ext4 -O ^metadata_csum,^uninit_bg -g 1024"),
     Variant("metadata_csum, descriptors of 32 bytes", "-t ext4 -O ^64bit -g 1024"),
     Variant("metadata_csum_seed, new uuid", "-t ext4 -O metadata_csum_seed", after=("tune2fs -U random IMAGE",)),
     Variant("every superblock", "-t ext4 -O ^sparse_super,^resize_inode -g 1024"),
-    Variant("sparse_super2", "-t ext4 -O sparse_super2,^resize_inode -g 1024"),
+    Variant("sparse_super2", "-t ext4 -O sparse_super2,^resize_inode -g 4096 -G 2", size=96 * MIB),
     Variant("sparse_super2, no backup", "-t ext4 -O sparse_super2,^resize_inode -g 1024 -E num_backup_sb=0"),
     Variant("sparse_super2, one backup", "-t ext4 -O sparse_super2 -g 1024 -E num_backup_sb=1"),
     Variant("no resize_inode", "-t ext4 -O ^resize_inode -g 1024"),
@@ -198,7 +201,7 @@ def test_a_restore_of_the_used_blocks_alone_is_the_whole_filesystem(
         "-t ext3 -b 4096 -g 1024",
         "-t ext4 -b 1024 -g 1024",
         "-t ext4 -b 4096 -g 512 -O ^flex_bg",
-        "-t ext4 -O bigalloc -C 16384 -g 4096",
+        "-t ext4 -O bigalloc -C 16384 -g 256",
         "-t ext4 -O ^metadata_csum,uninit_bg -b 4096 -g 1024",
         "-t ext4 -O ea_inode,inline_data -I 256 -b 1024",
     ],
@@ -242,7 +245,7 @@ CRASHING = {
     "a log that has wrapped": ("-t ext4 -b 1024 -J size=1", ""),
     "data in the journal": ("-t ext4 -b 4096 -g 1024 -J size=24", "data=journal"),
     "data in a log that has wrapped": ("-t ext3 -b 1024 -J size=1", "data=journal"),
-    "bigalloc": ("-t ext4 -O bigalloc -C 16384 -g 4096", ""),
+    "bigalloc": ("-t ext4 -O bigalloc -C 16384 -g 256", ""),
     "uninit_bg": ("-t ext4 -O ^metadata_csum,uninit_bg -b 4096 -g 1024", ""),
     "meta_bg": ("-t ext4 -O meta_bg,^resize_inode -b 1024 -g 512", ""),
     "orphan_file": ("-t ext4 -O orphan_file -b 4096 -g 1024", ""),
@@ -369,9 +372,9 @@ def forge(directory: Path, options: str) -> Forged:
     """
     image = make_image(directory / "image", options, 64 * MIB, None)
     with Volume.discover(image).open() as layer:
-        layout = ext4.parse_superblock(ext4._raw_superblock(layer), layer.size).layout
-        reader = ext4.BlockReader(layer, layout)
-        descriptors = ext4.read_descriptors(reader, 0, layout.groups)
+        layout = parse_superblock(raw_superblock(layer), layer.size).layout
+        reader = BlockReader(layer, layout)
+        descriptors = read_descriptors(reader, 0, layout.groups)
         group = int(np.argmax(descriptors.free_clusters == layout.clusters_per_group))
         table_block = int(layout.descriptor_locations(np.array([group // layout.descriptors_per_block]))[0])
         table = reader.read(np.array([table_block]))[0]
@@ -384,7 +387,7 @@ def forge(directory: Path, options: str) -> Forged:
     descriptor = table.reshape(-1, layout.descriptor_size)[group % layout.descriptors_per_block]
     words = descriptor.view("<u2")
     words[0xC // 2] = layout.clusters_per_group - bits.sum()
-    if layout.checksums is ext4.Checksums.CRC32C:
+    if layout.checksums is Checksums.CRC32C:
         words[0x12 // 2] &= ~0x2 & 0xFFFF  # initialised from now on
         checksum = crc32c().of(bitmap[: layout.clusters_per_group // 8].tobytes(), layout.checksum_seed)
         words[0x18 // 2] = checksum & 0xFFFF
@@ -577,7 +580,7 @@ def test_a_volume_that_lost_its_end_is_declined(tmp_path: Path) -> None:
     ("options", "all_covered"),
     [
         ("-t ext4 -b 1024 -g 1024", True),
-        ("-t ext4 -b 4096 -O bigalloc -C 16384", True),
+        ("-t ext4 -b 4096 -O bigalloc -C 16384 -g 256", True),
         ("-t ext4 -b 1024 -g 1024 -O ^metadata_csum,uninit_bg", False),
         ("-t ext3 -b 1024", False),
         ("-t ext2 -b 4096", False),
@@ -589,8 +592,8 @@ def test_damaged_metadata_never_costs_a_block_nor_raises(
     image = make_image(tmp_path / "image", options, 64 * MIB, tree)
     volume, whole = Volume.discover(image), used(image)
     with volume.open() as layer:
-        layout = ext4.parse_superblock(ext4._raw_superblock(layer), layer.size).layout
-        descriptors = ext4.read_descriptors(ext4.BlockReader(layer, layout), 0, layout.groups)
+        layout = parse_superblock(raw_superblock(layer), layer.size).layout
+        descriptors = read_descriptors(BlockReader(layer, layout), 0, layout.groups)
     tables = layout.descriptor_locations(np.arange(layout.descriptor_blocks))
     noise = random.Random(8)
     places = [
@@ -613,6 +616,21 @@ def test_damaged_metadata_never_costs_a_block_nor_raises(
     assert used(image) == whole
 
 
+def test_a_bitmap_with_as_many_bits_but_others_is_declined(tree: Path, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "image", CHECKED, 48 * MIB, tree)
+    assert used(image)
+    with Volume.discover(image).open() as layer:
+        layout = parse_superblock(raw_superblock(layer), layer.size).layout
+        reader = BlockReader(layer, layout)
+        blocks = read_descriptors(reader, 0, layout.groups).of_initialised().block_bitmap
+        bitmaps = reader.read(blocks)[:, : layout.clusters_per_group // 8]
+    mirrored = np.packbits(np.unpackbits(bitmaps, axis=1), axis=1, bitorder="little")
+    group, index = np.argwhere(mirrored != bitmaps)[0]
+    with open(image, "r+b") as file:
+        os.pwrite(file.fileno(), mirrored[group, index].tobytes(), int(blocks[group]) * layout.block_size + int(index))
+    assert "block bitmap is damaged" in reason_declined(image)
+
+
 @pytest.fixture(scope="module")
 def superblock(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     image = make_image(tmp_path_factory.mktemp("superblock") / "image", "-t ext4 -b 1024 -O bigalloc", 16 * MIB, None)
@@ -629,8 +647,8 @@ def test_a_superblock_of_any_numbers_is_answered_for_or_declined(
         changed[index] = value
     raw = changed.tobytes()[:1020]
     try:
-        layout = ext4.parse_superblock(raw + crc32c().of(raw).to_bytes(4, "little"), 1 << 50).layout
-    except ext4.UnanswerableError:
+        layout = parse_superblock(raw + crc32c().of(raw).to_bytes(4, "little"), 1 << 50).layout
+    except UnanswerableError:
         return
     assert 0 < layout.bytes <= 1 << 50
     assert 0 < layout.clusters_per_group <= layout.block_size * 8

@@ -35,12 +35,19 @@ VARIANTS = {
     "striped log": (300, "-l su=256k"),
     "striped data": (300, "-d su=64k,sw=4 -b size=1024"),
     "large inodes": (96, "-i size=2048"),
+    "parent pointers, exchange of ranges": (320, "-n parent=1 -i exchange=1 -m rmapbt=1"),
+    "metadata directory": (320, "-m metadir=1"),
 }
+NEEDS_XFSPROGS_6_13 = ("parent pointers, exchange of ranges", "metadata directory")
 
 
 def make(path: Path, mib: int, options: str) -> Path:
     run("mkfs.xfs", "-q", *options.split(), make_image(path, mib * MIB))
     return path
+
+
+def mkfs_usage() -> str:
+    return subprocess.run(["mkfs.xfs", "-?"], check=False, capture_output=True, text=True).stderr
 
 
 def expected_free(image: Path) -> tuple[ExtentSet, int]:
@@ -74,7 +81,7 @@ def check_repair_is_content(image: Path) -> None:
 def answer(image: Path) -> ExtentSet:
     used, reasons = ask(xfs, Volume.discover(image))
     assert used is not None, reasons
-    assert (used.method, reasons) == ("xfs", [])
+    assert (used.method, reasons) == ("xfs btrees", [])
     return used.extents
 
 
@@ -88,6 +95,8 @@ def declined(image: Path) -> str:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_used_blocks_of_an_unmounted_filesystem_are_all_that_it_needs(variant, tmp_path, mount):
+    if variant in NEEDS_XFSPROGS_6_13 and "parent=" not in mkfs_usage():
+        pytest.skip("this mkfs.xfs does not know it yet: install xfsprogs 6.13 or later")
     image = make(tmp_path / "disk.img", *VARIANTS[variant])
     place = mount(image)
     live_in(place, 1)

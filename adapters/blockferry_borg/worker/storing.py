@@ -73,18 +73,18 @@ class Writer:
         self.repository, self.manifest, self.key, self.cache = repository, manifest, key, cache
         self.request = request
         self.unit: int = request["unit"]
-        self.archive = self.new_archive()
+        self.archive = self.new_archive(cache)
         self.stats = self.archive.stats
         self.checkpoints = Checkpoints(self, request["checkpoint"])
         self.packer = msgpack.Packer()
         self.zero_ids: dict[int, bytes] = {}
         self.base = None if request["base"] is None else self._open_base(request["base"])
 
-    def new_archive(self) -> Any:
+    def new_archive(self, cache: Any) -> Any:
         """Return an archive that is yet to be saved."""
         name, parameters = self.request["archive"], ("fixed", self.unit, 0)
         return Archive(
-            self.repository, self.key, self.manifest, name, cache=self.cache, create=True, chunker_params=parameters
+            self.repository, self.key, self.manifest, name, cache=cache, create=True, chunker_params=parameters
         )
 
     def store_items(self, channel: Channel) -> None:
@@ -242,7 +242,7 @@ class Checkpoints:
         self.writer = writer
         self.interval = interval
         self.last = time.monotonic()
-        self.archive = writer.new_archive()
+        self.archive = writer.new_archive(_CacheLeftOpen(writer.cache))
         self.pending: list[Any] = []
         self.parts = 0
         self.saved = False
@@ -279,6 +279,23 @@ class Checkpoints:
             self.writer.cache.chunk_incref(entry.id, self.archive.stats)
         self.archive.add_item(item, show_progress=False)
         self.pending = []
+
+
+class _CacheLeftOpen:
+    """Borg's chunks cache, which a checkpoint does not commit with the repository.
+
+    It counts what the unfinished archive refers to as well. If this run is killed, the next one finds the cache to be
+    older than the repository, and counts anew; else chunks would be held for ever that nobody refers to.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def commit(self) -> None:
+        """Leave that to the end of the run."""
 
 
 def new_item(path: str, size: int) -> Any:

@@ -52,7 +52,6 @@ class _LogicalVolume:
     thin: bool
     extents: int
     free_extents: int
-    extent_size: int
 
     @property
     def full_name(self) -> str:
@@ -65,11 +64,15 @@ def _held(volume: Volume) -> Iterator[Frozen]:
     _remove_stale(origin)
     with contextlib.ExitStack() as made:
         path = _snapshot(origin, made)
-        size = "thin" if origin.thin else f"{_room(origin) * origin.extent_size} bytes for changes"
         # Only a filesystem mounted from the very volume was made consistent: not one in a partition or a guest.
         stability = Stability.FROZEN if volume.mounts() else Stability.CRASH_CONSISTENT
         check = made.enter_context(_validity(origin, path))
-        yield Frozen(dataclasses.replace(volume, path=path), stability, f"LVM snapshot ({size})", check)
+        yield Frozen(
+            dataclasses.replace(volume, path=path),
+            stability,
+            "LVM thin snapshot" if origin.thin else "LVM snapshot",
+            check,
+        )
 
 
 def _look_up(volume: Volume) -> _LogicalVolume:
@@ -86,15 +89,8 @@ def _look_up(volume: Volume) -> _LogicalVolume:
     if len(rows) != 1:
         raise CannotHoldError("LVM does not list it")
     row = rows[0]
-    extent_size = int(row["vg_extent_size"])
-    return _LogicalVolume(
-        row["vg_name"],
-        row["lv_name"],
-        bool(row["pool_lv"]),
-        int(row["lv_size"]) // extent_size,
-        int(row["vg_free_count"]),
-        extent_size,
-    )
+    extents = int(row["lv_size"]) // int(row["vg_extent_size"])
+    return _LogicalVolume(row["vg_name"], row["lv_name"], bool(row["pool_lv"]), extents, int(row["vg_free_count"]))
 
 
 def _room(origin: _LogicalVolume) -> int:

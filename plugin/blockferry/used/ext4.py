@@ -24,9 +24,9 @@ through that, as they will be once the journal is replayed, with every check as 
 - The bitmaps of that state are of one transaction with all that refers to blocks, so no block that is referred to
   has its bit cleared. Cleaning up orphans, which follows, only frees blocks.
 
-The blocks in use by the bitmaps on the disk as they are, are added: whoever mounts without replaying
-(`noload`, `debugfs`) sees the files that he saw before. These bitmaps may belong to different transactions than their
-descriptors, so for this second look alone the bitmaps are not checked; it can only add.
+The blocks in use by the bitmaps on the disk as they are, are added for tools that read without replaying (debugfs, a
+mount with `noload`): they find as much as they would have found. These bitmaps and their descriptors may be of
+different transactions, so in this second look alone the bitmaps are not checked; it can only add.
 """
 
 from __future__ import annotations
@@ -39,25 +39,24 @@ import numpy.typing as npt
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
+from blockferry.used.ext4_blocks import BlockReader
 from blockferry.used.ext4_checksum import Rows, crc32c
-from blockferry.used.ext4_disk import (
+from blockferry.used.ext4_groups import Descriptors, fixed_metadata, read_descriptors
+from blockferry.used.ext4_journal import pending_replay
+from blockferry.used.ext4_superblock import (
     ERROR_STATE,
     ORPHAN_STATE,
     SUPERBLOCK_OFFSET,
     SUPERBLOCK_SIZE,
     VALID_STATE,
-    BlockReader,
     Checksums,
-    Descriptors,
     Layout,
     Superblock,
     UnanswerableError,
-    fixed_metadata,
     has_magic,
     parse_superblock,
-    read_descriptors,
+    raw_superblock,
 )
-from blockferry.used.ext4_journal import pending_replay
 from blockferry.volume import Volume
 
 _BITMAPS_AT_ONCE = 8 << 20  # bytes; 256 GiB of filesystem in blocks of 4 KiB
@@ -68,7 +67,7 @@ _WORDS_AT_ONCE = 1 << 15
 def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | None:
     """Answer for ext2, ext3 and ext4, mounted read-only or not at all."""
     with volume.open() as layer:
-        raw = _raw_superblock(layer)
+        raw = raw_superblock(layer)
         if not has_magic(raw):
             return None
         if any(not mount.read_only for mount in volume.mounts()):
@@ -86,12 +85,12 @@ def used_extents(layer: Layer) -> ExtentSet:
 
     Raise UnanswerableError if it is damaged, or has what is not known here.
     """
-    superblock = parse_superblock(_raw_superblock(layer), layer.size)
+    superblock = parse_superblock(raw_superblock(layer), layer.size)
     layout = superblock.layout
     on_disk = BlockReader(layer, layout)
+    _check_state(superblock)
     replay = pending_replay(on_disk, superblock)
     if replay is None:
-        _check_state(superblock)
         sets = list(_used_in_batches(on_disk, verify=True))
     else:
         replayed = BlockReader(layer, layout, replay)
@@ -103,15 +102,6 @@ def used_extents(layer: Layer) -> ExtentSet:
     before = ExtentSet.from_pairs([(0, SUPERBLOCK_OFFSET + SUPERBLOCK_SIZE)])
     behind = ExtentSet.from_pairs([(layout.bytes, layer.size - layout.bytes)])
     return before.union(behind, *sets)
-
-
-def _raw_superblock(layer: Layer) -> bytes:
-    """Return the 1,024 bytes where a superblock would be; nothing if the volume is too small for one."""
-    if layer.size < SUPERBLOCK_OFFSET + SUPERBLOCK_SIZE:
-        return b""
-    raw = bytearray(SUPERBLOCK_SIZE)
-    layer.read_into(SUPERBLOCK_OFFSET, memoryview(raw))
-    return bytes(raw)
 
 
 def _check_state(superblock: Superblock) -> None:

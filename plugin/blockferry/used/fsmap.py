@@ -89,7 +89,8 @@ def _open(mounts: list[Mount]) -> Iterator[tuple[int, Mount]]:
     if any(mount.options & {"norecovery", "noload"} for mount in mounts):
         raise _NoAnswerError(f"{mounts[0].point} is mounted without replaying its journal")
     for mount in mounts:
-        descriptor = os.open(mount.point, os.O_RDONLY | os.O_CLOEXEC)
+        # A single file can be a mount point, even a pipe.
+        descriptor = os.open(mount.point, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             # Something else may be mounted over it.
             if os.fstat(descriptor).st_dev == os.makedev(*mount.device):

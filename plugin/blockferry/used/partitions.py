@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -26,7 +27,7 @@ from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.ladder import used_blocks
 from blockferry.snapshot import Tier
 from blockferry.used.sparse import data_extents
-from blockferry.volume import Volume, probe
+from blockferry.volume import Volume, descriptors_behind, probe
 
 _TABLES = ("gpt", "dos")
 _EXTENDED = ("5", "f", "85")
@@ -90,25 +91,36 @@ def read_table(volume: Volume) -> list[Partition]:
         raise TableError("it lies inside a partition, where it is not read")
     table = _ask_sfdisk(volume.path)
     if table.get("label") not in _TABLES or table.get("unit") != "sectors":
-        raise TableError(f"of an unknown kind ({table.get('label')!r})")
-    sector = int(table.get("sectorsize", volume.block_size))
-    listed = [each for each in table.get("partitions", []) if each.get("type", "").lower() not in _EXTENDED]
-    if len(listed) > _MOST_PARTITIONS:
-        raise TableError(f"it has {len(listed)} partitions")
-    found = []
-    for entry in listed:
-        # "node" is the path with the partition's number behind it, after a "p" if the path ends in a digit.
-        number = int(entry["node"][len(volume.path) :].lstrip("p"))
-        found.append(Partition(number, int(entry["start"]) * sector, int(entry["size"]) * sector))
-    found.sort(key=lambda each: each.start)
-    end = 0
-    for partition in found:
-        if partition.start < max(end, sector) or partition.size <= 0:
+        raise TableError(f"it is of an unknown kind ({table.get('label')!r})")
+    try:
+        sector = int(table.get("sectorsize", volume.block_size))
+        listed = [each for each in table.get("partitions", []) if each["type"].lower() not in _EXTENDED]
+        partitions = sorted((_partition(each, sector) for each in listed), key=lambda each: each.start)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise TableError(f"what sfdisk says of it cannot be read: {error!r}") from None
+    _check_places(partitions, sector, volume.size)
+    return partitions
+
+
+def _partition(entry: dict[str, Any], sector: int) -> Partition:
+    """Return one entry of sfdisk's table; "node" is the path with the partition's number behind it."""
+    number = re.search(r"\d+$", entry["node"])
+    if number is None:
+        raise ValueError(entry["node"])
+    return Partition(int(number[0]), int(entry["start"]) * sector, int(entry["size"]) * sector)
+
+
+def _check_places(partitions: list[Partition], sector: int, size: int) -> None:
+    """Raise TableError unless the partitions, in order, lie on the disk, behind its first sector, and apart."""
+    if len(partitions) > _MOST_PARTITIONS:
+        raise TableError(f"it has {len(partitions)} partitions")
+    end = sector
+    for partition in partitions:
+        if partition.start < end or partition.size <= 0:
             raise TableError(f"partition {partition.number} overlaps another one or the table itself")
         end = partition.start + partition.size
-        if end > volume.size:
+        if end > size:
             raise TableError(f"partition {partition.number} ends behind the end of the disk")
-    return found
 
 
 def _ask_sfdisk(path: str) -> dict[str, Any]:
@@ -121,6 +133,7 @@ def _ask_sfdisk(path: str) -> dict[str, Any]:
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,
+        pass_fds=descriptors_behind(path),
         env={**os.environ, "LC_ALL": "C"},
     )
     if done.returncode:

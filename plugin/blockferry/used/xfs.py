@@ -172,7 +172,7 @@ def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | 
         except XfsError as error:
             declined(f"xfs: {error}")
             return None
-    return UsedBlocks(free.complement(volume.size), "xfs")
+    return UsedBlocks(free.complement(volume.size), "xfs btrees")
 
 
 def _free_extents(layer: Layer) -> ExtentSet:
