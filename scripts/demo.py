@@ -74,8 +74,7 @@ def main() -> None:
 class Row:
     """One backup in the table that is printed; sizes in bytes."""
 
-    volume: str
-    what: str
+    by: str
     used: int | None
     read: int
     stored: int
@@ -92,15 +91,17 @@ class Demo:
     def run(self) -> None:
         """Do everything; raise DemoError at the first thing that is wrong."""
         os.environ.update(environment_of_its_own(self.place))
+        console.print(f"Making two volumes of {decimal(self.size)} in {self.place}, and repositories.", soft_wrap=True)
         for tool in self.tools.values():
             tool.make_repositories()
         volumes = {name: self.make_volume(name) for name in FILESYSTEMS}
-        self.back_up(volumes, "first backup of two volumes, with the stock tool beside it")
+        self.back_up(volumes, "First backup, through blockferry and by the tool alone")
         for image in volumes.values():
             with mounted(image, self.place, "rw") as directory:
                 change(directory)
-        console.print("\nSome files are changed, some removed, some new.")
-        self.back_up(volumes, "second backup")
+        console.print("\nNow some files are changed, some are gone, some are new.")
+        self.back_up(volumes, "Second backup")
+        console.print()
         for name, image in volumes.items():
             self.restore_and_compare(name, image)
 
@@ -119,14 +120,15 @@ class Demo:
 
     def back_up(self, volumes: dict[str, Path], title: str) -> None:
         """Back each volume up with each tool, through blockferry and by the tool alone, and print what it took."""
-        table = Table("volume", "", "in use", "read", "stored", "seconds", title=title, title_justify="left")
+        table = Table("volume", "by", title=title, title_justify="left")
+        for heading in ("size", "in use", "read", "stored", "seconds"):
+            table.add_column(heading, justify="right")
         for name, image in volumes.items():
             for tool in self.tools.values():
                 for row in (tool.back_up_through_blockferry(name, image), tool.back_up_alone(name, image)):
                     used = "" if row.used is None else decimal(row.used)
-                    table.add_row(
-                        row.volume, row.what, used, decimal(row.read), decimal(row.stored), f"{row.seconds:.1f}"
-                    )
+                    sizes = (decimal(self.size), used, decimal(row.read), decimal(row.stored))
+                    table.add_row(name, row.by, *sizes, f"{row.seconds:.1f}")
         console.print()
         console.print(table)
 
@@ -145,7 +147,8 @@ class Demo:
             target.unlink()
             console.print(
                 f"{name} restored from {tool.name} in {seconds:.1f} s: {FILESYSTEMS[name][1][0]} finds it clean, "
-                f"{len(expected)} files are equal in content and metadata"
+                f"{len(expected)} files are equal in content and metadata",
+                soft_wrap=True,
             )
 
 
@@ -174,7 +177,7 @@ class Tool:
         before, began = size_of_tree(self.stock), time.monotonic()
         read = self.store(name, image)
         seconds = time.monotonic() - began
-        return Row("", f"{self.name} alone", None, read, size_of_tree(self.stock) - before, seconds)
+        return Row(f"{self.name} alone", None, read, size_of_tree(self.stock) - before, seconds)
 
     def back_up_through_blockferry(self, name: str, image: Path) -> Row:
         """Back an image up with blockferry, and measure."""
@@ -182,7 +185,7 @@ class Tool:
         result = blockferry("backup", str(image), "--name", name, "--repo", self.reference)
         seconds = time.monotonic() - began
         stored = size_of_tree(self.ours) - before
-        return Row(name, f"blockferry, {self.name}", result["bytes_used"], result["bytes_read"], stored, seconds)
+        return Row(f"blockferry, {self.name}", result["bytes_used"], result["bytes_read"], stored, seconds)
 
     def newest(self, name: str) -> str:
         """Return the id of the newest snapshot of a volume."""
