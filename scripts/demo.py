@@ -121,13 +121,13 @@ class Demo:
     def back_up(self, volumes: dict[str, Path], title: str) -> None:
         """Back each volume up with each tool, through blockferry and by the tool alone, and print what it took."""
         table = Table("volume", "by", title=title, title_justify="left")
-        for heading in ("size", "in use", "read", "stored", "seconds"):
+        for heading in ("in use", "read", "stored", "seconds"):
             table.add_column(heading, justify="right")
         for name, image in volumes.items():
             for tool in self.tools.values():
                 for row in (tool.back_up_through_blockferry(name, image), tool.back_up_alone(name, image)):
                     used = "" if row.used is None else decimal(row.used)
-                    sizes = (decimal(self.size), used, decimal(row.read), decimal(row.stored))
+                    sizes = (used, decimal(row.read), decimal(row.stored))
                     table.add_row(name, row.by, *sizes, f"{row.seconds:.1f}")
         console.print()
         console.print(table)

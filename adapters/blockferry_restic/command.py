@@ -15,7 +15,6 @@ import os
 import re
 import selectors
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
@@ -36,6 +35,8 @@ OLDEST = (0, 18)
 _NOTICED = re.compile(r"signal \S+ received, cleaning up")
 _LONGEST_LINE = 64 << 20
 """`restic snapshots --json` is one line, of about 700 bytes a snapshot."""
+_NOTICE = 2.0
+"""Seconds in which restic is sure to have noticed a signal."""
 _PATIENCE = 30.0
 """Seconds that restic has to finish after it was told to."""
 _MOUNT_PATIENCE = 600.0
@@ -76,7 +77,7 @@ class Restic:
                         raise failure("mount", process.returncode or 1, notes, self.location.reference)
                     yield point
                 finally:
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(_PATIENCE)
                     process.kill()
@@ -115,6 +116,7 @@ class Running:
         self._location = location
         self._notes: collections.deque[str] = collections.deque(maxlen=20)
         self._noticed = threading.Event()
+        self._deadline: float | None = None
         self._process = _spawn(command, location, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._unfinished = {stream: bytearray() for stream in (self._process.stdout, self._process.stderr) if stream}
 
@@ -126,16 +128,19 @@ class Running:
         for stream in self._unfinished:
             stream.close()
 
-    def messages(self, *, until: float | None = None) -> Iterator[Any]:
-        """Yield every JSON value that restic prints on either stream, until it ends or `until` has passed.
+    def messages(self) -> Iterator[Any]:
+        """Yield every JSON value that restic prints on either stream, until it ends, or is too slow to stop.
 
-        `until` is a time of `time.monotonic`. Lines that are not JSON are kept for the error message.
+        Lines that are not JSON are kept for the error message.
         """
         with selectors.DefaultSelector() as selector:
             for stream, line in self._unfinished.items():
                 selector.register(stream, selectors.EVENT_READ, line)
-            while selector.get_map() and (until is None or time.monotonic() < until):
-                for key, _events in selector.select(None if until is None else max(0.0, until - time.monotonic())):
+            while selector.get_map():
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    self._process.kill()
+                    break
+                for key, _events in selector.select(1.0):
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk:
                         selector.unregister(key.fileobj)
@@ -143,23 +148,28 @@ class Running:
         self._noticed.set()
 
     def interrupt(self) -> None:
-        """Tell restic to stop without making a snapshot; return once it knows, or is dead."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
-        if not self._noticed.wait(_PATIENCE):
-            self._process.kill()
+        """Tell restic to stop without making a snapshot; return as soon as it says so, or a little later.
+
+        Not by SIGINT, which is ignored in everything that a shell without a terminal started in the background.
+        """
+        self._terminate()
+        # It does not always get to say so. What it then did all the same is for `Repository.store` to undo.
+        self._noticed.wait(_NOTICE)
 
     def stop(self) -> list[Any]:
         """End restic if it has not ended, gently first; return what it still said."""
-        said: list[Any] = []
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            said += self.messages(until=time.monotonic() + _PATIENCE)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1.0)
-            self._process.kill()
+            self._terminate()
+        said = list(self.messages())
+        self._process.kill()
         self._process.wait()
         return said
+
+    def _terminate(self) -> None:
+        """Send SIGTERM, and set the time at which patience ends."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _PATIENCE
+        self._process.terminate()
 
     def check(self, verb: str) -> None:
         """Wait for restic's end; raise RepositoryError, by kind, if it failed."""

@@ -100,5 +100,5 @@ class Catalog:
         except sqlite3.DatabaseError as error:
             raise BlockferryError(
                 f"{self.path}: the catalog cannot be used: {error}",
-                remedy="It holds nothing that the repositories lack: move it away and run `blockferry catalog rebuild`.",
+                remedy="The repositories hold all that it does: move it away and run `blockferry catalog rebuild`.",
             ) from None

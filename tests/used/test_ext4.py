@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from blockferry.extents import ExtentSet
 from blockferry.used import ext4
+from blockferry.used.checksum import crc16, crc32c
 from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_checksum import crc16, crc32c
 from blockferry.used.ext4_groups import read_descriptors
 from blockferry.used.ext4_superblock import Checksums, UnanswerableError, parse_superblock, raw_superblock
 from blockferry.volume import Volume

@@ -60,10 +60,12 @@ def remember(context: Context, reference: str, result: Result) -> None:
 
 def _sentence(result: Result) -> str:
     record = result.record
+    sizes = (
+        f"{decimal(record.bytes_used)} in use of {decimal(record.size)}, "
+        f"read {decimal(result.bytes_read)}, stored {decimal(result.bytes_stored)}"
+    )
     lines = [
-        f"snapshot {result.snapshot.id} of {record.volume}: {decimal(record.bytes_used)} in use of "
-        f"{decimal(record.size)}, read {decimal(result.bytes_read)}, stored {decimal(result.bytes_stored)}, "
-        f"in {result.seconds:.1f} s",
+        f"snapshot {result.snapshot.id} of {record.volume}: {sizes}, in {result.seconds:.1f} s",
         f"  {record.tier.value} blocks by {record.method}; {record.stability.value} by {record.freeze}",
     ]
     if record.tier_reason:

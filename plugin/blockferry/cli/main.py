@@ -65,33 +65,37 @@ def run(arguments: list[str]) -> int:
     output = Output(as_json=False, log_json="--log-json" in arguments, verbosity=0)
     try:
         result = cli.main(args=arguments, prog_name="blockferry", standalone_mode=False)
-        return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except BlockferryError as error:
-        output.error(error)
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        output.error(BlockferryError("interrupted", remedy="Nothing that looks complete was left behind."))
-        return 128 + signal.SIGINT
-    except _TerminatedError as error:
-        name = signal.Signals(error.number).name
-        output.error(BlockferryError(f"ended by {name}", remedy="Nothing that looks complete was left behind."))
-        return 128 + error.number
     except BrokenPipeError:
         # Whoever read our output went away; what stdout still holds must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
+    except BaseException as error:
+        log.debug("where it happened", exc_info=True)
+        told, code = _told(error)
+        output.error(told)
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def _told(error: BaseException) -> tuple[BlockferryError, int]:
+    """Return what to tell the user of an exception, and the exit code."""
+    nothing_left = "Nothing that looks complete was left behind."
+    if isinstance(error, BlockferryError):
+        return error, error.exit_code
+    if isinstance(error, _TerminatedError):
+        name = signal.Signals(error.number).name
+        return BlockferryError(f"ended by {name}", remedy=nothing_left), 128 + error.number
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return BlockferryError("interrupted", remedy=nothing_left), 128 + signal.SIGINT
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        output.error(BlockferryError(f"{where}{error.strerror or error}"))
-        return 1
-    except Exception as error:
-        log.debug("unexpected", exc_info=True)
-        message = f"internal error: {type(error).__name__}: {error}"
-        output.error(BlockferryError(message, remedy="Please report it, with what `blockferry -vv ...` prints."))
-        return 1
+        return BlockferryError(f"{where}{error.strerror or error}"), BlockferryError.exit_code
+    message = f"internal error: {type(error).__name__}: {error}"
+    remedy = "Please report it, with what `blockferry -vv ...` prints."
+    return BlockferryError(message, remedy=remedy), BlockferryError.exit_code
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:

@@ -39,8 +39,8 @@ import numpy.typing as npt
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
+from blockferry.used.checksum import Rows, crc32c
 from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_checksum import Rows, crc32c
 from blockferry.used.ext4_groups import Descriptors, fixed_metadata, read_descriptors
 from blockferry.used.ext4_journal import pending_replay
 from blockferry.used.ext4_superblock import (

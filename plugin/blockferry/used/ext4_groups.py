@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockferry.extents import ExtentSet, Offsets
+from blockferry.used.checksum import Rows, crc16, crc32c
 from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_checksum import Rows, crc16, crc32c
 from blockferry.used.ext4_superblock import Checksums, Layout, UnanswerableError
 
 

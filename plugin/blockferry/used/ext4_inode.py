@@ -11,8 +11,8 @@ import struct
 import numpy as np
 
 from blockferry.extents import Offsets
+from blockferry.used.checksum import crc32c
 from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_checksum import crc32c
 from blockferry.used.ext4_groups import read_descriptors
 from blockferry.used.ext4_superblock import Checksums, Layout, UnanswerableError
 

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockferry.extents import Offsets
+from blockferry.used.checksum import Rows, crc32c
 from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_checksum import Rows, crc32c
 from blockferry.used.ext4_inode import JournalFile
 from blockferry.used.ext4_superblock import Superblock, UnanswerableError
 

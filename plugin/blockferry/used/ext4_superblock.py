@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from blockferry.extents import Offsets
 from blockferry.layers import Layer
-from blockferry.used.ext4_checksum import crc32c
+from blockferry.used.checksum import crc32c
 
 SUPERBLOCK_OFFSET = 1024
 SUPERBLOCK_SIZE = 1024

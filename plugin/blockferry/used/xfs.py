@@ -28,7 +28,7 @@ import numpy.typing as npt
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
-from blockferry.used.ext4_checksum import crc32c
+from blockferry.used.checksum import crc32c
 from blockferry.used.xfs_log import LogPlace, XfsError, check_replayed
 from blockferry.volume import Volume
 

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockferry.layers import Layer
-from blockferry.used.ext4_checksum import crc32c
+from blockferry.used.checksum import crc32c
 
 _BLOCK = 512
 _MAGIC = 0xFEEDBABE
