@@ -11,9 +11,12 @@ import os
 from blockferry.errors import UsageError
 from blockferry.hookspecs import hookimpl
 from blockferry.repository import Repository
+from blockferry_borg.command import Borg
 from blockferry_borg.failures import without_credentials
-from blockferry_borg.installation import find_installation
+from blockferry_borg.installation import Way, find_installation
+from blockferry_borg.mapped import MappedRepository
 from blockferry_borg.repository import WorkerRepository
+from blockferry_borg.standalone import StandaloneRepository
 
 PREFIX = "borg:"
 
@@ -30,4 +33,8 @@ def blockferry_open_repository(reference: str) -> Repository | None:
         raise UsageError(
             f"{without_credentials(reference)}: names an archive", remedy="Leave out :: and what follows it."
         )
-    return WorkerRepository(location, find_installation())
+    installation = find_installation()
+    if installation.way is Way.WORKER:
+        return WorkerRepository(location, installation)
+    borg = Borg(installation.command, location)
+    return MappedRepository(borg) if installation.way is Way.MAPPED else StandaloneRepository(borg)

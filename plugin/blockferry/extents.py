@@ -145,7 +145,7 @@ class ExtentSet:
         """Return the bytes of the set that lie in `[start, end)`."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.starts, end, side="left"))
-        if first >= last:
+        if first >= last or start >= end:
             return ExtentSet.empty()
         return ExtentSet(np.maximum(self.starts[first:last], start), np.minimum(self.ends[first:last], end))
 

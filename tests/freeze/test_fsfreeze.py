@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from blockferry.errors import UnstableVolumeError, VolumeError
+from blockferry.freeze.watchdog import FIFREEZE, FITHAW
 from blockferry.hookspecs import FreezeOptions
 from blockferry.snapshot import Stability
 from conftest import Attach, Mount
@@ -41,16 +43,17 @@ def mounted_volume(filesystem: str, tmp_path: Path, attach: Attach, mount: Mount
 
 
 def is_frozen(place: Path) -> bool:
-    """Tell whether a write waits: a process that writes is not done after half a second."""
-    program = f"import pathlib; pathlib.Path({str(place / 'probe')!r}).write_bytes(b'x')"
-    process = subprocess.Popen([sys.executable, "-c", program])
+    """Tell whether a filesystem is frozen: one that is refuses to be frozen again."""
+    descriptor = os.open(place, os.O_RDONLY)
     try:
-        return process.wait(timeout=0.5) != 0
-    except subprocess.TimeoutExpired:
-        return True
+        fcntl.ioctl(descriptor, FIFREEZE, 0)
+        fcntl.ioctl(descriptor, FITHAW, 0)
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    else:
+        return False
     finally:
-        process.kill()  # takes effect when the filesystem thaws
-        threading.Thread(target=process.wait).start()
+        os.close(descriptor)
 
 
 def thawed_within(place: Path, seconds: float) -> bool:
@@ -73,10 +76,12 @@ def test_writers_wait_and_the_device_holds_the_filesystem_whole(volume: tuple[st
         assert frozen.stability is Stability.FROZEN
         assert frozen.method == f"fsfreeze of {place}"
         first = read(frozen)
-        assert is_frozen(place)
+        writer = subprocess.Popen([sys.executable, "-S", "-c", f"open({str(place / 'late')!r}, 'wb').write(b'x')"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(timeout=0.5)
         frozen.check()
         assert read(frozen) == first
-    assert thawed_within(place, 2)
+    assert writer.wait(timeout=10) == 0
 
 
 def test_a_second_backup_does_not_read_what_the_first_left_in_the_page_cache(volume: tuple[str, Path]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.table import Table
 
 from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.cli.output import Listing
 from blockferry.doctor import examine
 
 
@@ -21,14 +21,14 @@ def doctor(context: Context) -> int:
     """
     findings = examine(context.manager)
 
-    def table() -> Table:
-        shown = Table("", "what", "found", "for", "to get it", box=None)
+    def listing() -> Listing:
+        rows = []
         for each in findings:
             mark = "ok" if each.found else ("MISSING" if each.needed else "-")
-            shown.add_row(mark, each.name, each.found or "not found", each.purpose, "" if each.found else each.remedy)
-        return shown
+            rows.append((mark, each.name, each.found or "not found", each.purpose, "" if each.found else each.remedy))
+        return Listing(("", "what", "found", "for", "to get it"), rows)
 
-    context.output.result({"version": 1, "findings": [each.as_json() for each in findings]}, table)
+    context.output.result({"version": 1, "findings": [each.as_json() for each in findings]}, listing)
     return int(any(each.needed and not each.found for each in findings))
 
 

@@ -7,9 +7,9 @@ import time
 
 import click
 from rich.filesize import decimal
-from rich.table import Table
 
 from blockferry.cli.context import Context, find, json_option, repository_option
+from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError
 from blockferry.ladder import used_blocks
 from blockferry.restore import describe_map
@@ -77,23 +77,18 @@ def snapshots(context: Context, reference: str | None, volume: str) -> None:
         except BlockferryError:
             figures = {}  # an index that is lost takes its figures with it, nothing else
 
-    def table() -> Table:
-        shown = Table("snapshot", "volume", "created", "tier", "size", "stored", "archive", box=None)
+    def listing() -> Listing:
+        columns = ("snapshot", "volume", "created", "tier", "size", "stored", "archive")
+        rows = []
         for each in found:
             stored = figures.get(each.id, {}).get("bytes_stored")
-            shown.add_row(
-                each.id,
-                each.volume,
-                each.created,
-                each.tier,
-                decimal(each.size),
-                decimal(stored) if isinstance(stored, int) else "?",
-                each.archive,
-            )
-        return shown
+            grown = decimal(stored) if isinstance(stored, int) else "?"
+            rows.append((each.id, each.volume, each.created, each.tier, decimal(each.size), grown, each.archive))
+        return Listing(columns, rows)
 
     context.output.result(
-        {"version": 1, "snapshots": [dataclasses.asdict(each) | {"run": figures.get(each.id)} for each in found]}, table
+        {"version": 1, "snapshots": [dataclasses.asdict(each) | {"run": figures.get(each.id)} for each in found]},
+        listing,
     )
 
 
@@ -115,9 +110,9 @@ def show(context: Context, snapshot: str, reference: str | None) -> None:
     kinds = describe_map(block_map)
     data = dataclasses.asdict(record) | {"version": 1, "archive": found.archive, "bytes": kinds, "runs": len(block_map)}
 
-    def table() -> Table:
-        shown = Table(show_header=False, box=None)
-        for name, value in {
+    def listing() -> Listing:
+        reason = f": {record.tier_reason}" if record.tier_reason else ""
+        facts = {
             "snapshot": record.snapshot,
             "archive": found.archive,
             "volume": f"{record.volume} ({record.path} on {record.host})",
@@ -125,13 +120,12 @@ def show(context: Context, snapshot: str, reference: str | None) -> None:
             "size": f"{decimal(record.size)} ({record.size} bytes)",
             "filesystem": record.filesystem or "none known",
             "identity": ", ".join(f"{key} {text}" for key, text in sorted(record.identity.items())) or "none",
-            "tier": f"{record.tier.value}, by {record.method}" + (f": {record.tier_reason}" * bool(record.tier_reason)),
+            "tier": f"{record.tier.value}, by {record.method}{reason}",
             "stability": f"{record.stability.value}, by {record.freeze}",
             "blocks": ", ".join(f"{decimal(total)} {kind}" for kind, total in kinds.items()),
             "unit": decimal(record.unit),
             "base": record.base or "none",
-        }.items():
-            shown.add_row(name, value)
-        return shown
+        }
+        return Listing(("", ""), list(facts.items()))
 
-    context.output.result(data, table)
+    context.output.result(data, listing)

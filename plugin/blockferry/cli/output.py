@@ -7,21 +7,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import click
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as Bar
 
 from blockferry.errors import BlockferryError
 from blockferry.repository import Advance
@@ -29,6 +19,13 @@ from blockferry.repository import Advance
 log = logging.getLogger("blockferry")
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class Listing(NamedTuple):
+    """Rows for a person to read, under the names of their columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 class Output:
@@ -39,11 +36,10 @@ class Output:
         self.as_json = as_json
         self.log_json = log_json
         self.verbosity = verbosity
-        self.errors = Console(stderr=True, highlight=False)
         self._set_up_logging()
 
-    def result(self, data: object, render: Callable[[], object]) -> None:
-        """Print a result: `data` as JSON, or whatever `render` returns (text, or a rich table)."""
+    def result(self, data: object, render: Callable[[], str | Listing]) -> None:
+        """Print a result: `data` as JSON, or what `render` makes of it for a person."""
         if self.as_json:
             click.echo(json.dumps(data, indent=1, sort_keys=True))
             return
@@ -51,8 +47,9 @@ class Output:
         if isinstance(shown, str):
             click.echo(shown)
         else:
-            # A table is not squeezed into 80 columns where nobody is looking at it.
-            Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(shown)
+            from blockferry.cli.terminal import print_table  # noqa: PLC0415  # see there
+
+            print_table(*shown)
 
     def error(self, error: BlockferryError) -> None:
         """Say what went wrong, where, and what to do."""
@@ -68,10 +65,11 @@ class Output:
         """Show the progress of a task of `total` bytes: a bar on a terminal, lines elsewhere."""
         if self.verbosity < 0:
             yield lambda _count: None
-        elif self.errors.is_terminal and not self.log_json:
-            with self._bar() as bar:
-                task = bar.add_task(name, total=total)
-                yield lambda count: bar.advance(task, count)
+        elif sys.stderr.isatty() and not self.log_json:
+            from blockferry.cli.terminal import progress_bar  # noqa: PLC0415  # see there
+
+            with progress_bar(name, total) as advance:
+                yield advance
         else:
             lines = _ProgressLines(name, total, self)
             yield lines.advance
@@ -86,18 +84,6 @@ class Output:
         else:
             share = 100 * done // total if total else 100
             log.info("%s: %d %%, %s of %s, %s/s", name, share, decimal(done), decimal(total), decimal(int(rate)))
-
-    def _bar(self) -> Bar:
-        return Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self.errors,
-            transient=True,
-        )
 
     def _line(self, kind: str, **fields: Any) -> None:
         click.echo(json.dumps({"type": kind, "time": time.time(), **fields}, sort_keys=True), err=True)
