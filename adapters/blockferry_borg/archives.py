@@ -35,9 +35,14 @@ def is_unfinished(name: str) -> bool:
     return re.search(r"\.checkpoint(\.\d+)?\Z", name) is not None
 
 
+def plain_volume(record: Record) -> str:
+    """Return a volume's name as archives carry it: of characters that mean nothing to any borg."""
+    return re.sub(r"[^A-Za-z0-9._@-]+", "-", record.volume)
+
+
 def archive_name(record: Record) -> str:
     """Return what the archive of a snapshot is called."""
-    return f"{record.volume}-{record.created[:19]}-{record.snapshot}"
+    return f"{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
 
 
 def comment_for(record: Record) -> str:

@@ -36,7 +36,7 @@ class Words(Protocol):
         """Print an item's bytes."""
 
     def mount(self, archive: str) -> list[str]:
-        """Mount an archive; the mount point follows."""
+        """Mount an archive, in the foreground; the mount point follows."""
 
     def rename(self, archive: str, name: str) -> list[str]:
         """Give an archive another name."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from blockferry.errors import BlockferryError, DamagedSnapshotError, ToolMissingError
+from blockferry.errors import DamagedSnapshotError, ToolMissingError
 from blockferry.fuse import mount_point
 from blockferry_borg.client import Passphrase, lock_wait
 from blockferry_borg.failures import failure, without_credentials
@@ -91,24 +91,25 @@ class Borg:
 
     @contextlib.contextmanager
     def mount(self, *arguments: str, item: str) -> Iterator[Path]:
-        """Have `borg mount --foreground` show an archive for the length of the context; give the item's path there.
+        """Have `borg mount`, in the foreground, show an archive for the length of the context; give the item's path.
 
         Raise ToolMissingError if this borg cannot mount.
         """
-        with mount_point("borg") as point, self.start(*arguments[:-1], "--foreground", arguments[-1], str(point)) as it:
+        # Unmounting ends borg; a signal would not, while it waits for its kernel.
+        with contextlib.ExitStack() as started, mount_point("borg") as point:
+            running = started.enter_context(self.start(*arguments, str(point)))
+            started.callback(running.wait, _PATIENCE)
             end = time.monotonic() + _MOUNT_PATIENCE
-            while not point.is_mount() and it.running():
-                if time.monotonic() > end:
-                    raise BlockferryError(f"{self.where}: borg mount does not answer", remedy="Try `borg mount`.")
+            while running.running() and not point.is_mount() and time.monotonic() < end:
                 time.sleep(_POLL)
-            found = next(iter(point.rglob(item)), None) if it.running() else None
+            if not point.is_mount():
+                running.interrupt()
+                raise ToolMissingError(
+                    f"{self.where}: {running.message() or 'borg mount does not answer'}",
+                    remedy="Install a borg that can mount (with pyfuse3 or llfuse; mfusepy for borg 2).",
+                )
+            found = next(iter(point.rglob(item)), None)
             if found is None:
-                it.interrupt()
-                if not point.is_mount():
-                    raise ToolMissingError(
-                        f"{self.where}: {it.message() or 'borg mount ended at once'}",
-                        remedy="Install a borg that can mount (pyfuse3 or llfuse; mfusepy for borg 2).",
-                    )
                 raise DamagedSnapshotError(
                     f"{self.where}: the archive holds no {item}", remedy="Look at it with `borg list`."
                 )

@@ -93,6 +93,8 @@ def failure(where: str, kind: str, message: str, number: int | None = None) -> B
         return RepositoryError(f"{where}: no space left: {first}", remedy=_ROOM)
     if kind == "BaseUnusableError":
         return BaseUnusableError(f"{where}: the base {first}")
+    if "but matched 0" in first:  # what borg 2 says of an archive that is not there
+        kind = "Archive.DoesNotExist"
     # A remote borg names nested classes without the class around them.
     known = _KNOWN.get(kind) or next((found for name, found in _KNOWN.items() if name.endswith(f".{kind}")), None)
     error, remedy = known or (RepositoryError, "Try the same with borg itself (borg info, borg check).")

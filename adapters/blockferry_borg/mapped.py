@@ -36,7 +36,7 @@ class SecondSeriesWords:
 
     def mount(self, archive: str) -> list[str]:
         """Mount an archive; the mount point follows."""
-        return ["mount", "--match-archives", f"id:{archive}"]
+        return ["mount", "--foreground", "--match-archives", f"id:{archive}"]
 
     def rename(self, archive: str, name: str) -> list[str]:
         """Give an archive another name."""
@@ -77,7 +77,7 @@ class MappedRepository(CommandRepository):
                 options += ["--reuse-from", base.archive]
             with (
                 mounted(tree, name=record.volume) as path,
-                self.borg.start("create", *options, literal(unfinished), IMAGE_NAME, directory=path) as running,
+                self.borg.start("create", *options, unfinished, IMAGE_NAME, directory=path) as running,
             ):
                 follow(running, tree, advance, planned.extents(Kind.DATA).total)
                 stored += _grown(running.json())
@@ -91,9 +91,7 @@ class MappedRepository(CommandRepository):
         (directory / RECORD_NAME).write_bytes(record.to_json())
         (directory / MAP_NAME).write_bytes(block_map.to_bytes())
         options = ["--json", "--files-cache", "disabled", *compression()]
-        with self.borg.start(
-            "create", *options, literal(archive), RECORD_NAME, MAP_NAME, directory=directory
-        ) as running:
+        with self.borg.start("create", *options, archive, RECORD_NAME, MAP_NAME, directory=directory) as running:
             running.wait()
             running.check(warnings_are_errors=True)
             return _grown(running.json())

@@ -19,6 +19,7 @@ from blockferry_borg.archives import (
     archive_name,
     comment_for,
     map_from,
+    plain_volume,
     snapshot_from,
     unit_for,
 )
@@ -132,7 +133,7 @@ class WorkerRepository:
             worker.ask(
                 op="store",
                 archive=name,
-                volume=record.volume,
+                volume=plain_volume(record),
                 comment=comment,
                 compression=os.environ.get(COMPRESSION_VARIABLE) or "lz4",
                 checkpoint=checkpoint_interval(),

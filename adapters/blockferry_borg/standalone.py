@@ -31,7 +31,7 @@ class FirstSeriesWords:
 
     def mount(self, archive: str) -> list[str]:
         """Mount an archive; the mount point follows."""
-        return ["mount", f"::{archive}"]
+        return ["mount", "--foreground", f"::{archive}"]
 
     def rename(self, archive: str, name: str) -> list[str]:
         """Give an archive another name."""
@@ -76,7 +76,7 @@ class StandaloneRepository(CommandRepository):
                     *compression(),
                     "--comment",
                     literal(comment),
-                    f"::{literal(unfinished)}",
+                    f"::{unfinished}",
                     *files,
                     directory=path,
                 ) as running,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,9 @@ from blockferry_restic.format import File, RepositoryReader, Rows
 from blockferry_restic.layer import BlobImage, MountedImage
 from blockferry_restic.segments import PER_DIRECTORY, VOLUME_DIRECTORY, segment_number
 
+Check = Callable[[Offsets, Offsets], None]
+"""Takes the numbers, sorted, and the sizes of all segments that a snapshot has."""
+
 
 class Archive(Protocol):
     """A snapshot that blockferry stored. Errors are RepositoryError and its kinds."""
@@ -26,11 +30,8 @@ class Archive(Protocol):
     def file(self, name: str, limit: int) -> bytes:
         """Return a file at the root; DamagedSnapshotError if it is missing or has more than `limit` bytes."""
 
-    def segments(self, unit: int) -> tuple[Offsets, Offsets]:
-        """Return the numbers, sorted, and the sizes of all segments that are there."""
-
-    def image(self, size: int, unit: int) -> BaseLayer:
-        """Return what the segments hold; its extents are the segments that are there."""
+    def image(self, size: int, unit: int, check: Check) -> BaseLayer:
+        """Return what the segments hold, once `check` is content with those that are there: they are its extents."""
 
 
 class LocalArchive:
@@ -48,18 +49,13 @@ class LocalArchive:
             raise DamagedSnapshotError(f"snapshot {self._snapshot[:8]} has no {name}", remedy="Take another snapshot.")
         return self._reader.read(self._index, self._root.files[name], limit)
 
-    def segments(self, unit: int) -> tuple[Offsets, Offsets]:
-        """Return the numbers and the sizes of all segments, as their trees have them."""
-        numbers, lengths, _starts, _rows = self._load(unit)
-        return numbers, lengths
-
-    def image(self, size: int, unit: int) -> BlobImage:
+    def image(self, size: int, unit: int, check: Check) -> BlobImage:
         """Return the image, of which only the places of its blobs are in memory."""
         numbers, lengths, starts, rows = self._load(unit)
+        check(numbers, lengths)
         extents = ExtentSet.from_ranges(numbers * unit, np.minimum(numbers * unit + lengths, size))
         return BlobImage(functools.partial(self._reader.blob, self._index), size, extents, starts, rows)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # an archive lives as long as its layer
     def _load(self, unit: int) -> tuple[Offsets, Offsets, Offsets, Rows]:
         """Return the numbers and sizes of all segments, and the starts in the image and rows of all their blobs."""
         parts = []
@@ -106,7 +102,19 @@ class RemoteArchive:
         """Return a file at the root."""
         return self._restic.dump(self._snapshot, f"/{name}", limit)
 
-    def segments(self, unit: int) -> tuple[Offsets, Offsets]:
+    def image(self, size: int, unit: int, check: Check) -> MountedImage:
+        """Return the image, which keeps a `restic mount` until it is closed."""
+        numbers, lengths = self._list(unit)
+        check(numbers, lengths)
+        with contextlib.ExitStack() as held:
+            # The template alone: the usual directories of all hosts and times would be made as well.
+            point = held.enter_context(self._restic.mount("--path-template", "%I", "--tag", "blockferry"))
+            root = point / self._snapshot
+            if not root.is_dir():
+                raise _damaged(self._snapshot, "restic mount does not show it")
+            return MountedImage(root, size, unit, numbers, held.pop_all())
+
+    def _list(self, unit: int) -> tuple[Offsets, Offsets]:
         """Return the numbers and the sizes of all segments, as `restic ls` lists them."""
         numbers, lengths = [], []
         listing = ["--json", "--no-lock", "--recursive", self._snapshot, f"/{VOLUME_DIRECTORY}"]
@@ -117,17 +125,6 @@ class RemoteArchive:
                 lengths.append(found[1])
         order = np.argsort(np.array(numbers, np.int64), kind="stable")
         return np.array(numbers, np.int64)[order], np.array(lengths, np.int64)[order]
-
-    def image(self, size: int, unit: int) -> MountedImage:
-        """Return the image, which keeps a `restic mount` until it is closed."""
-        numbers, _lengths = self.segments(unit)
-        with contextlib.ExitStack() as held:
-            # The template alone: the usual directories of all hosts and times would be made as well.
-            point = held.enter_context(self._restic.mount("--path-template", "%I", "--tag", "blockferry"))
-            root = point / self._snapshot
-            if not root.is_dir():
-                raise _damaged(self._snapshot, "restic mount does not show it")
-            return MountedImage(root, size, unit, numbers, held.pop_all())
 
     def _segment(self, node: Any, unit: int) -> tuple[int, int] | None:
         """Return the number and size of the segment that a line of `restic ls` is about, None if of none."""

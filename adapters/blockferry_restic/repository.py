@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 _TAG = "blockferry"
 _LARGEST_RECORD = 64 << 20
 _LARGEST_MAP = 1 << 30
-_READ_CONCURRENCY = 2
-"""Segments that restic reads at a time."""
 
 
 class ResticRepository:
@@ -70,7 +69,7 @@ class ResticRepository:
         # Without a base nothing is to be skipped, whatever restic finds.
         parent = ["--parent", base.archive] if base else ["--force"]
         tags = [word for tag in _tags(record, len(tree)) for word in ("--tag", tag)]
-        options = ["--json", "--no-scan", "--read-concurrency", str(_READ_CONCURRENCY), "--host", record.host]
+        options = ["--json", "--no-scan", "--host", record.host]
         with (
             mounted(tree, name=record.volume) as path,
             self._restic.start("backup", *options, *parent, *tags, ".", directory=str(path)) as running,
@@ -105,9 +104,9 @@ class ResticRepository:
         """Return the image of a snapshot whose segments are all there."""
         archive = self._archive(snapshot)
         record, block_map = self._describe(archive, snapshot)
-        numbers, lengths = archive.segments(record.unit)
-        check_complete(block_map, record.unit, numbers, lengths, self._name(snapshot))
-        return ReadAheadLayer(archive.image(record.size, record.unit), block_map.extents(Kind.DATA, Kind.SAME))
+        complete = functools.partial(check_complete, block_map, record.unit, where=self._name(snapshot))
+        image = archive.image(record.size, record.unit, complete)
+        return ReadAheadLayer(image, block_map.extents(Kind.DATA, Kind.SAME))
 
     def delete(self, snapshots: Sequence[Snapshot]) -> None:
         """Have restic forget snapshots; `restic prune` frees the space."""

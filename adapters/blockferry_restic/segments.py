@@ -77,7 +77,13 @@ def segment_name(number: int, unit: int) -> str:
 def segment_number(directory: str, name: str, unit: int) -> int:
     """Return the number of the segment of that name; ValueError if no segment of that unit has it, there."""
     number, rest = divmod(int(name, 16), unit)
-    if rest or name != segment_name(number, unit) or directory != directory_name(number):
+    if (
+        rest
+        or len(name) != 16
+        or number * unit >> 62
+        or name != segment_name(number, unit)
+        or directory != directory_name(number)
+    ):
         raise ValueError(f"{directory}/{name} is not a segment")
     return number
 

@@ -41,8 +41,8 @@ class Catalog:
     def __init__(self, path: Path) -> None:
         """Open the catalog at `path`, made if it is not there."""
         self.path = path
-        with self._named_errors():
-            self.connection = sqlite3.connect(path, timeout=30)
+        with self._named_errors(), contextlib.ExitStack() as opened:
+            self.connection = opened.enter_context(contextlib.closing(sqlite3.connect(path, timeout=30)))
             version = self.connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in {0, _SCHEMA_VERSION}:
                 raise BlockferryError(
@@ -52,6 +52,7 @@ class Catalog:
             self.connection.execute(_SCHEMA)
             self.connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             self.connection.commit()
+            opened.pop_all()
 
     def close(self) -> None:
         """Close the connection."""

@@ -222,7 +222,8 @@ def _existing_file(path: str, size: int, *, force: bool, keep: bool) -> Iterator
         _refuse_file_in_use(path, descriptor)
         length = os.fstat(descriptor).st_size
         if length and not force:
-            raise TargetError(f"{path}: holds {length} bytes already", remedy="Write over it with --force.")
+            content = ", ".join([f"{length} bytes", *_signatures(path)])
+            raise TargetError(f"{path}: holds {content} already", remedy="Write over it with --force.")
         with _explained(path, "sizing the file"):
             if not keep:
                 os.ftruncate(descriptor, 0)

@@ -86,8 +86,9 @@ def locked(depot: Depot):
             time.sleep(0.02)
         yield
     finally:
-        holder.terminate()
+        holder.kill()
         holder.wait()
+        depot.stock(*(["break-lock"] if depot.tool == "borg" else ["unlock"]))
 
 
 def test_a_snapshot_that_is_not_there(depot: Depot, image, tmp_path):

@@ -102,6 +102,7 @@ def sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "sftp:here:"
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_a_repository_behind_sftp_holds_the_same(sftp: str, repository_path: Path, image: Image) -> None:
     remote = open_repository(f"{sftp}{repository_path}")

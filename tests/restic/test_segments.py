@@ -43,6 +43,7 @@ def test_a_name_leads_back_to_its_segment_and_no_other_name_does(number: int, un
         (directory_name(number), f"{number * unit + 512:016x}"),
         (directory_name(number), f"{number * unit:x}x"),
         (directory_name(number), f" {number * unit:015x}"),
+        (directory_name(number), f"f{number * unit:015x}"),
     ):
         with pytest.raises(ValueError, match=r"is not a segment|invalid literal"):
             segment_number(directory, name, unit)
