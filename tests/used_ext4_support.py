@@ -15,7 +15,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 from blockferry.extents import ExtentSet
-from blockferry.used import ext4
+from blockferry.used.ext4 import reader as ext4
 from blockferry.volume import Volume
 
 MIB = 1 << 20

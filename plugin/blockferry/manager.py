@@ -18,8 +18,8 @@ BUILTIN = (
     "blockferry.freeze.offline",
     "blockferry.used.sparse",
     "blockferry.used.partitions",
-    "blockferry.used.xfs",
-    "blockferry.used.ext4",
+    "blockferry.used.xfs.reader",
+    "blockferry.used.ext4.reader",
     "blockferry.used.fsmap",
 )
 

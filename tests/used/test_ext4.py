@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockferry.extents import ExtentSet
-from blockferry.used import ext4
 from blockferry.used.checksum import crc16, crc32c
-from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_groups import read_descriptors
-from blockferry.used.ext4_superblock import Checksums, UnanswerableError, parse_superblock, raw_superblock
+from blockferry.used.ext4 import reader as ext4
+from blockferry.used.ext4.blocks import BlockReader
+from blockferry.used.ext4.groups import read_descriptors
+from blockferry.used.ext4.superblock import Checksums, UnanswerableError, parse_superblock, raw_superblock
 from blockferry.volume import Volume
 from used_ext4_support import (
     MIB,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from blockferry.extents import ExtentSet
-from blockferry.used import xfs
+from blockferry.used.xfs import reader as xfs
 from blockferry.volume import Volume
 from volumes_support import ask, copy_used, fingerprint, live_in, make_image, run
 

@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from blockferry.extents import Offsets
 from blockferry.used.checksum import Rows, crc32c
-from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_inode import JournalFile
-from blockferry.used.ext4_superblock import Superblock, UnanswerableError
+from blockferry.used.ext4.blocks import BlockReader
+from blockferry.used.ext4.inode import JournalFile
+from blockferry.used.ext4.superblock import Superblock, UnanswerableError
 
 _MAGIC = 0xC03B3998
 _DESCRIPTOR, _COMMIT, _SUPERBLOCK_1, _SUPERBLOCK_2, _REVOCATION = 1, 2, 3, 4, 5

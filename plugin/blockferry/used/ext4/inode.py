@@ -12,9 +12,9 @@ import numpy as np
 
 from blockferry.extents import Offsets
 from blockferry.used.checksum import crc32c
-from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_groups import read_descriptors
-from blockferry.used.ext4_superblock import Checksums, Layout, UnanswerableError
+from blockferry.used.ext4.blocks import BlockReader
+from blockferry.used.ext4.groups import read_descriptors
+from blockferry.used.ext4.superblock import Checksums, Layout, UnanswerableError
 
 _EXTENTS_FLAG = 0x80000
 _EXTENT_MAGIC = 0xF30A

@@ -9,7 +9,7 @@ import numpy as np
 from blockferry.extents import Offsets
 from blockferry.layers import Layer
 from blockferry.used.checksum import Rows
-from blockferry.used.ext4_superblock import SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Layout, UnanswerableError
+from blockferry.used.ext4.superblock import SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Layout, UnanswerableError
 
 
 class Relocation(Protocol):

@@ -40,10 +40,10 @@ from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
 from blockferry.used.checksum import Rows, crc32c
-from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_groups import Descriptors, fixed_metadata, read_descriptors
-from blockferry.used.ext4_journal import pending_replay
-from blockferry.used.ext4_superblock import (
+from blockferry.used.ext4.blocks import BlockReader
+from blockferry.used.ext4.groups import Descriptors, fixed_metadata, read_descriptors
+from blockferry.used.ext4.journal import pending_replay
+from blockferry.used.ext4.superblock import (
     ERROR_STATE,
     ORPHAN_STATE,
     SUPERBLOCK_OFFSET,

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.used.checksum import Rows, crc16, crc32c
-from blockferry.used.ext4_blocks import BlockReader
-from blockferry.used.ext4_superblock import Checksums, Layout, UnanswerableError
+from blockferry.used.ext4.blocks import BlockReader
+from blockferry.used.ext4.superblock import Checksums, Layout, UnanswerableError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ in version 5, its address, owner, UUID and CRC are right; so no walk goes in cir
 touching and add up to the figures in the AGF. Version 4 has no CRCs: there the second btree, sorted by size, must
 hold the very same extents.
 
-The btrees are the truth only if nothing in the log is newer: `blockferry.used.xfs_log` decides that. A log on another
+The btrees are the truth only if nothing in the log is newer: `blockferry.used.xfs.log` decides that. A log on another
 device cannot be seen from here, so there is no answer then; nor for a realtime section, which is on another device,
 nor for a filesystem that is mounted for writing: only the kernel can answer for that.
 
@@ -29,7 +29,7 @@ from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
 from blockferry.used.checksum import crc32c
-from blockferry.used.xfs_log import LogPlace, XfsError, check_replayed
+from blockferry.used.xfs.log import LogPlace, XfsError, check_replayed
 from blockferry.volume import Volume
 
 _BATCH = 4 << 20

@@ -1,0 +1,1 @@
+"""XFS, offline: the free space btrees, and whether the log lets them be believed."""
