@@ -82,6 +82,7 @@ def back_up(
             work = block_map.on_grid(record.unit).extents(Kind.DATA).total
             with progress.task("backup", work) as advance:
                 stored = repository.store(source, block_map, record, base=None, advance=advance)
+            _confirm(frozen, repository, stored.snapshot)
             result = Result(stored.snapshot, record, disk.bytes_read, stored.bytes_stored, time.monotonic() - began)
     manager.hook.blockferry_snapshot_stored(snapshot=stored.snapshot, record=record, statistics=result.as_json())
     return result
@@ -100,6 +101,15 @@ class CheckedLayer(BaseLayer):
         """Read, then make sure that nobody wrote meanwhile."""
         self.layer.read_into(offset, buffer)
         self.check()
+
+
+def _confirm(frozen: Frozen, repository: Repository, snapshot: Snapshot) -> None:
+    """Take a snapshot back if the volume did not hold still after all: some ways notice it only a moment later."""
+    try:
+        frozen.check()
+    except BaseException:
+        repository.delete([snapshot])
+        raise
 
 
 def _describe(

@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from blockferry import kernel
 from blockferry.errors import ToolMissingError, VolumeError
 from blockferry.layers import FileLayer
 
@@ -106,8 +107,8 @@ class Volume:
         """Open for reading, as a layer of all its bytes."""
         with contextlib.closing(_Descriptor(self.path)) as opened:
             if self.is_device:
-                # A mounted XFS or btrfs writes past the device's page cache: what an earlier reader left there is old.
-                os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_DONTNEED)
+                # A filesystem writes past the page cache of its device: what an earlier reader left there is old.
+                kernel.forget_pages(opened.number)
             os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield FileLayer(opened.number, self.size, base=self.offset, name=self.path)
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 IN_GUEST = "BLOCKFERRY_VM" in os.environ
 
 # A guest may do anything to its disks; the machine itself is left alone even if its kernel has all it takes.
 collect_ignore = [
     path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name == "test_in_guest.py") == IN_GUEST
 ]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "vm: boots a guest by scripts/vm")

@@ -8,14 +8,12 @@ A way is a context manager that raises `CannotHoldError` on entering where it is
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 import pluggy
 
-from blockferry import kernel
 from blockferry.errors import UnstableVolumeError
 from blockferry.hookspecs import Declined, FreezeOptions, Frozen
 from blockferry.volume import Volume
@@ -42,7 +40,6 @@ def hold_still(manager: pluggy.PluginManager, volume: Volume, options: FreezeOpt
             "(--fsfreeze SECONDS); or accept blocks of different instants (--allow-live).",
         )
     with held as frozen:
-        _forget_stale_pages(frozen.volume)
         yield frozen
 
 
@@ -76,16 +73,3 @@ class _Held(AbstractContextManager[Frozen]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.way.__exit__(kind, error, trace)
-
-
-def _forget_stale_pages(volume: Volume) -> None:
-    """Drop the cached pages of a device: those read while it was mounted are not what the filesystem wrote since.
-
-    A filesystem writes past the page cache of its device, which lives on from backup to backup while it is mounted.
-    """
-    if volume.is_device:
-        descriptor = os.open(volume.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            kernel.forget_pages(descriptor)
-        finally:
-            os.close(descriptor)

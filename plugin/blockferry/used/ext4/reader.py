@@ -11,7 +11,7 @@ feature that is not known here, damage or an error mark means: not answered for,
 
 A journal that has not been replayed
 ------------------------------------
-It is what a crash leaves, and a copy of a volume in use. `ext4_journal` finds out which blocks a replay would
+It is what a crash leaves, and a copy of a volume in use. `journal.py` finds out which blocks a replay would
 overwrite and where in the journal their new content lies, and this module reads superblock, descriptors and bitmaps
 through that, as they will be once the journal is replayed, with every check as above. That is all a restore needs:
 
