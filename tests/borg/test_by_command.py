@@ -44,7 +44,7 @@ class SecondPlace(Place):
         self.run("check", "--verify-data")
 
 
-@pytest.fixture(params=["1.2", "1.4", "2"])
+@pytest.fixture(params=["1.2", "1.4", pytest.param("2", marks=pytest.mark.slow)])
 def place(request, tmp_path, monkeypatch):
     """A repository of a borg that is no Python script, and one of borg 2."""
     series = request.param

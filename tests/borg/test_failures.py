@@ -164,6 +164,7 @@ def test_a_base_that_is_lost_and_a_source_that_lacks_its_bytes(place, open_repos
     assert place.archives() == []
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_a_full_disk_leaves_nothing(make_repository, open_repository, tmp_path, attach, mount, monkeypatch):
     image = tmp_path / "small"
@@ -239,7 +240,7 @@ def test_a_reference_that_is_none(make_repository, monkeypatch):
 @newest
 def test_no_host_there(series, monkeypatch):
     monkeypatch.setenv("BLOCKFERRY_BORG", BORGS[series])
-    monkeypatch.setenv("BORG_RSH", "sh -c 'echo no route to host >&2; exit 255'")
+    monkeypatch.setenv("BORG_RSH", "sh -c 'echo no route to host >&2; sleep 1; exit 255'")
     repository = blockferry_open_repository("borg:ssh://somebody@nowhere.example/./repository")
     with contextlib.closing(repository), pytest.raises(RepositoryError) as caught:
         repository.snapshots()

@@ -64,6 +64,7 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_at_any_point_leaves_no_snapshot(place, open_repository):
     drawn = random.Random(place.borg)
     repository = open_repository(place)
@@ -153,6 +154,7 @@ def test_a_worker_that_is_told_to_end_rolls_back(place, open_repository):
     assert place.archives() == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository, monkeypatch):
     monkeypatch.setenv("BLOCKFERRY_BORG_CHECKPOINT", "1")
     repository = open_repository(place)

@@ -19,6 +19,7 @@ def place(make_repository, ssh_port, series, tmp_path, monkeypatch):
     return make_repository(location=f"ssh://{getpass.getuser()}@127.0.0.1:{ssh_port}{tmp_path}/remote")
 
 
+@pytest.mark.slow
 def test_an_image_and_its_increment_come_back(place, open_repository):
     repository = open_repository(place)
     volume = Volume(content(SIZE))

@@ -132,6 +132,25 @@ def test_borg_mount_shows_single_files_of_the_volume(tmp_path: Path, borg_places
     assert "file 7\n" in printed
 
 
+def test_borg_2_extract_writes_the_volume_over_a_used_device(
+    volume: Path, worn_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    borg_2 = PAGE.parents[1] / ".tools" / "borg-2" / "bin"
+    if not (borg_2 / "borg").exists():
+        pytest.skip("no borg 2 in .tools: run scripts/bootstrap --test")
+    repository = tmp_path / "repository"
+    monkeypatch.setenv("PATH", f"{borg_2}:{os.environ['PATH']}")
+    monkeypatch.setenv("BORG_BASE_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("BORG_PASSPHRASE", "secret")
+    create = ["borg", "-r", str(repository), "repo-create", "--encryption=aes256-ocb"]
+    subprocess.run(create, check=True, capture_output=True)
+    archive = blockferry("backup", str(volume), "--repo", f"borg:{repository}")["archive"]
+    variables, write = blocks("From borg 2")
+    places = {"/srv/backup/borg2": repository, "the-name-of-the-archive": archive, "/dev/sdX": worn_device}
+    assert json.loads(run_shell(variables + write, places))["size"] == SIZE
+    assert_restored(worn_device, volume)
+
+
 @pytest.fixture(scope="module")
 def restic_repository(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("restic") / "repository"
@@ -167,9 +186,10 @@ def test_the_page_names_the_filesystem_afterwards(volume: Path) -> None:
 
 
 def test_every_command_on_the_page_is_run_here() -> None:
-    assert {heading: len(blocks(heading)) for heading in ("From borg", "From restic", "Afterwards")} == {
+    assert {heading: len(blocks(heading)) for heading in ("From borg", "From borg 2", "From restic", "Afterwards")} == {
         "From borg": 5,
+        "From borg 2": 2,
         "From restic": 4,
         "Afterwards": 1,
     }
-    assert PAGE.read_text().count("```sh") == 10
+    assert PAGE.read_text().count("```sh") == 12

@@ -146,9 +146,13 @@ class Writer:
     def _store_data(self, data: memoryview) -> Iterator[bytes]:
         """Store the bytes of a run; yield the packed entries of its chunks."""
         for start in range(0, len(data), self.unit):
-            chunk = data[start : start + self.unit]
-            entry = self.cache.add_chunk(self.key.id_hash(chunk), chunk, self.stats, wait=False)
-            self.repository.async_response(wait=False)
+            # Borg's compressors would make this copy if we did not.
+            chunk = bytes(data[start : start + self.unit])
+            if zeros.startswith(chunk):
+                entry = self._zero_entry(len(chunk), 1)
+            else:
+                entry = self.cache.add_chunk(self.key.id_hash(chunk), chunk, self.stats, wait=False)
+                self.repository.async_response(wait=False)
             self.checkpoints.add(entry)
             yield self.packer.pack(entry)
 
