@@ -125,8 +125,15 @@ def make_volume(place: Path, options: argparse.Namespace) -> Path:
         fill_with_random_data(directory / "old", size)
         os.sync()
         (directory / "old").unlink()
-        fill_with_files(directory, int(size * SHARE_USED))
+        # What the filesystem needs for itself is in use, too.
+        fill_with_files(directory, int(size * SHARE_USED) - in_use(directory, size))
     return image
+
+
+def in_use(directory: Path, size: int) -> int:
+    """Return the bytes in use on a mounted volume of that size."""
+    facts = os.statvfs(directory)
+    return size - facts.f_bfree * facts.f_frsize
 
 
 def fill_with_random_data(path: Path, at_most: int) -> None:

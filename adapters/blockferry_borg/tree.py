@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from blockferry.extents import ExtentSet
-from blockferry.fuse import Node
+from blockferry.fuse_tree import Node
 from blockferry.layers import CutLayer, Layer
 
 _ROOT = 1

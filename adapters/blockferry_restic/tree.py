@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from blockferry.blockmap import Kind
 from blockferry.errors import DamagedSnapshotError
-from blockferry.fuse import Node
+from blockferry.fuse_tree import Node
 from blockferry.layers import Layer
 from blockferry.snapshot import MAP_NAME, RECORD_NAME
 from blockferry_restic.segments import (

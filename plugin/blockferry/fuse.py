@@ -14,7 +14,7 @@ Three things keep this from hanging or leaving traces:
 - libfuse takes over the terminating signals that nobody handles (libfuse, lib/fuse_signals.c) and would merely end the
   tree. They end the process here, by way of an exception, so that whoever uses the tree can clean up.
 
-`fuse_server.py` is the side that talks to libfuse.
+`fuse_tree.py` says what a tree is; `fuse_server.py` is the side that talks to libfuse.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ import subprocess
 import tempfile
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 from blockferry.errors import BlockferryError, ToolMissingError
+from blockferry.fuse_tree import Tree
 
 if TYPE_CHECKING:
     from blockferry.fuse_server import TreeServer
@@ -47,47 +48,6 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 20.0
 """Seconds for which a mount may take to appear, and its server to end."""
-
-
-class Node(NamedTuple):
-    """What `stat` says of a directory or file: its inode, its size in bytes and its times in ns since the epoch.
-
-    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime.
-    """
-
-    inode: int
-    is_directory: bool
-    size: int
-    mtime_ns: int
-
-
-class Tree(Protocol):
-    """A read-only tree of directories and files that does not change while it is mounted.
-
-    Called from several threads at once. An OSError reaches the reader as its errno; anything else as EIO, after it
-    was logged: a tree that wants to know of its failures catches them itself.
-    """
-
-    def node(self, path: str) -> Node:
-        """Return what is at a path, absolute within the tree; raise FileNotFoundError if nothing is."""
-
-    def children(self, path: str) -> Iterable[tuple[str, Node]]:
-        """Return what is in a directory, in the order in which it is to be listed."""
-
-    def open(self, path: str) -> int:
-        """Return a handle, any number from 0 to 2**63, by which a file is read."""
-
-    def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
-        """Fill the buffer with the file's bytes from `offset` on; return how many there were.
-
-        Less than the buffer holds means that the file ends there.
-        """
-
-    def seek(self, handle: int, offset: int, whence: int) -> int:
-        """Return where data (`os.SEEK_DATA`) or a hole (`os.SEEK_HOLE`) begins at or after `offset`.
-
-        Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes.
-        """
 
 
 @contextlib.contextmanager

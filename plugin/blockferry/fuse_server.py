@@ -18,7 +18,7 @@ from typing import Any
 
 import mfusepy
 
-from blockferry.fuse import Node, Tree
+from blockferry.fuse_tree import Node, Tree
 
 log = logging.getLogger(__name__)
 

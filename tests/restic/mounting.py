@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from blockferry.fuse import Node, _server_class, mounted
+from blockferry.fuse import _server_class, mounted
+from blockferry.fuse_tree import Node
 
 SIZE = 5 << 20
 HOLE = 3 << 20

@@ -1,0 +1,47 @@
+"""What a tree of files is that exists only while it is mounted: `fuse.py` mounts one, an adapter makes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+
+class Node(NamedTuple):
+    """What `stat` says of a directory or file: its inode, its size in bytes and its times in ns since the epoch.
+
+    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime.
+    """
+
+    inode: int
+    is_directory: bool
+    size: int
+    mtime_ns: int
+
+
+class Tree(Protocol):
+    """A read-only tree of directories and files that does not change while it is mounted.
+
+    Called from several threads at once. An OSError reaches the reader as its errno; anything else as EIO, after it
+    was logged: a tree that wants to know of its failures catches them itself.
+    """
+
+    def node(self, path: str) -> Node:
+        """Return what is at a path, absolute within the tree; raise FileNotFoundError if nothing is."""
+
+    def children(self, path: str) -> Iterable[tuple[str, Node]]:
+        """Return what is in a directory, in the order in which it is to be listed."""
+
+    def open(self, path: str) -> int:
+        """Return a handle, any number from 0 to 2**63, by which a file is read."""
+
+    def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer with the file's bytes from `offset` on; return how many there were.
+
+        Less than the buffer holds means that the file ends there.
+        """
+
+    def seek(self, handle: int, offset: int, whence: int) -> int:
+        """Return where data (`os.SEEK_DATA`) or a hole (`os.SEEK_HOLE`) begins at or after `offset`.
+
+        Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes.
+        """
