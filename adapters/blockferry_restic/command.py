@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from blockferry.errors import PassphraseError, RepositoryError, RepositoryLockedError, ToolMissingError
 from blockferry.fuse import mount_point
+from blockferry.programs import find
 from blockferry_restic.location import Location
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Restic:
     def start(self, *arguments: str, directory: str | None = None) -> Running:
         """Start restic with `arguments`, in `directory`; it dies with the thread that calls this."""
         # Never as subprocess's own `cwd`: the directory may be served by this very process (blockferry/fuse.py).
-        chdir = [_tool("env", "coreutils"), f"--chdir={directory}"] if directory else []
+        chdir = [find("env", "coreutils"), f"--chdir={directory}"] if directory else []
         return Running([*_bound_to_us(), *chdir, binary(), *arguments], self.location)
 
     def each(self, *arguments: str) -> Iterator[Any]:
@@ -264,15 +265,7 @@ def _appears(point: Path, process: subprocess.Popen[bytes]) -> bool:
 
 def _bound_to_us() -> list[str]:
     """Return the words before a command that make the kernel kill it when the thread that starts it dies."""
-    return [_tool("setpriv", "util-linux"), "--pdeathsig", "KILL"]
-
-
-def _tool(name: str, package: str) -> str:
-    """Return the path of a program that every Linux system has; ToolMissingError on the one that has not."""
-    found = shutil.which(name)
-    if found is None:
-        raise ToolMissingError(f"{name} is not installed", remedy=f"It comes with {package}.")
-    return found
+    return [find("setpriv", "util-linux"), "--pdeathsig", "KILL"]
 
 
 def _spawn(command: Sequence[str], location: Location, *, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pluggy
+
+from blockferry.programs import look_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ _PROGRAMS = (
     ("borg", "--version", "borg repositories", "borgbackup"),
     ("restic", "version", "restic repositories (0.18 or later)", "restic"),
     ("blkid", "--version", "what a volume holds", "util-linux"),
+    ("wipefs", "--version", "restoring to devices", "util-linux"),
+    ("setpriv", "--version", "restic ending when blockferry does", "util-linux"),
     ("sfdisk", "--version", "disks and images with partitions", "fdisk / util-linux / util-linux"),
     ("fusermount3", "--version", "feeding restic", "fuse3"),
     ("lvs", "--version", "freezing logical volumes", "lvm2"),
@@ -68,7 +71,7 @@ def examine(manager: pluggy.PluginManager) -> list[Finding]:
 
 def _version(name: str, option: str) -> str:
     """Return the first line that a program says of its version, "" if it is not there or does not run."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    path = look_for(name)
     if path is None:
         return ""
     try:

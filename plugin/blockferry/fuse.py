@@ -27,7 +27,6 @@ import itertools
 import logging
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -40,6 +39,7 @@ from typing import TYPE_CHECKING
 
 from blockferry.errors import BlockferryError, ToolMissingError
 from blockferry.fuse_tree import Tree
+from blockferry.programs import find
 
 if TYPE_CHECKING:
     from blockferry.fuse_server import TreeServer
@@ -194,10 +194,7 @@ def _is_mounted(point: Path) -> bool:
 
 def _fusermount() -> str:
     """Return the program that mounts and unmounts, for root as for others; ToolMissingError without it."""
-    found = shutil.which("fusermount3")
-    if found is None:
-        raise ToolMissingError("fusermount3 is not installed", remedy="Install the package fuse3.")
-    return found
+    return find("fusermount3", "fuse3")
 
 
 def _serve(tree: Tree, point: Path) -> threading.Thread:

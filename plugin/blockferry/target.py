@@ -12,7 +12,6 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -20,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockferry import kernel
-from blockferry.errors import TargetError, ToolMissingError
+from blockferry.errors import TargetError
 from blockferry.extents import ExtentSet
 from blockferry.inuse import Claim, InUseError, claim, device_name
+from blockferry.programs import find
 from blockferry.volume import Volume, loops_of, probe
 
 log = logging.getLogger(__name__)
@@ -299,10 +299,7 @@ def _signatures(path: str) -> list[str]:
 
     `blkid` answers nothing at all where it finds several that contradict each other.
     """
-    wipefs = shutil.which("wipefs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if wipefs is None:
-        raise ToolMissingError("wipefs is not installed", remedy="It comes with util-linux.")
-    command = [wipefs, "--no-act", "--noheadings", "--output", "TYPE", "--", path]
+    command = [find("wipefs", "util-linux"), "--no-act", "--noheadings", "--output", "TYPE", "--", path]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise TargetError(f"{path}: cannot be looked at: {done.stderr.strip()}")

@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 import stat
 import struct
 import subprocess
@@ -20,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockferry import kernel
-from blockferry.errors import ToolMissingError, VolumeError
+from blockferry.errors import VolumeError
 from blockferry.layers import FileLayer
+from blockferry.programs import find
 
 _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
@@ -153,11 +153,8 @@ def file_size(path: str) -> int:
 
 def probe(path: str, *, offset: int = 0, size: int = 0) -> dict[str, str]:
     """Return what `blkid -p` finds at a place of a file or device: TYPE, UUID, PTTYPE, PART_ENTRY_UUID and more."""
-    blkid = shutil.which("blkid", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if blkid is None:
-        raise ToolMissingError("blkid is not installed", remedy="It comes with util-linux.")
     where = [f"--offset={offset}", f"--size={size}"] if size else []
-    command = [blkid, "--probe", "--output", "export", *where, "--", path]
+    command = [find("blkid", "util-linux"), "--probe", "--output", "export", *where, "--", path]
     done = subprocess.run(
         command, capture_output=True, pass_fds=descriptors_behind(path), stdin=subprocess.DEVNULL, check=False
     )

@@ -24,6 +24,8 @@ def doctor(context: Context) -> int:
     def listing() -> Listing:
         rows = []
         for each in findings:
+            if each.name.startswith("plugin blockferry."):
+                continue  # built in: a person need not be told
             mark = "ok" if each.found else ("MISSING" if each.needed else "-")
             rows.append((mark, each.name, each.found or "not found", each.purpose, "" if each.found else each.remedy))
         return Listing(("", "what", "found", "for", "to get it"), rows)

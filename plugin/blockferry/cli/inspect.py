@@ -29,8 +29,9 @@ def used(context: Context, volume: str, extents: bool) -> None:
       blockferry used /dev/vg/home --json
     """
     found = Volume.discover(volume)
+    manager = context.manager  # loading plugins is not what the seconds are of
     began = time.monotonic()
-    blocks, tier, reason = used_blocks(context.manager, found)
+    blocks, tier, reason = used_blocks(manager, found)
     data: dict[str, object] = {
         "version": 1,
         "volume": found.path,

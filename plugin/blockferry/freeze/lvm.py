@@ -16,7 +16,6 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from pathlib import Path
 from blockferry.errors import VolumeError
 from blockferry.freeze import CannotHoldError, entered
 from blockferry.hookspecs import Declined, FreezeOptions, Frozen, hookimpl
+from blockferry.programs import look_for
 from blockferry.snapshot import Stability
 from blockferry.volume import Volume
 
@@ -173,7 +173,7 @@ def _report(*arguments: str) -> list[dict[str, str]]:
 
 def _lvm(program: str, *arguments: str) -> str:
     """Run a program of LVM; raise CannotHoldError, with its last words, if it fails."""
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    found = look_for(program)
     if found is None:
         raise CannotHoldError(f"{program} is not installed (it comes with lvm2)")
     done = subprocess.run([found, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)

@@ -15,16 +15,15 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 from typing import Any
 
 import pluggy
 
-from blockferry.errors import ToolMissingError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.ladder import used_blocks
+from blockferry.programs import find
 from blockferry.snapshot import Tier
 from blockferry.used.sparse import data_extents
 from blockferry.volume import Volume, descriptors_behind, probe
@@ -125,11 +124,8 @@ def _check_places(partitions: list[Partition], sector: int, size: int) -> None:
 
 def _ask_sfdisk(path: str) -> dict[str, Any]:
     """Return what sfdisk says of the partition table; raise TableError if it finds none that it can read."""
-    sfdisk = shutil.which("sfdisk", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if sfdisk is None:
-        raise ToolMissingError("sfdisk is not installed", remedy="It comes with util-linux (Debian: package fdisk).")
     done = subprocess.run(
-        [sfdisk, "--json", "--", path],
+        [find("sfdisk", "fdisk (Debian) or util-linux"), "--json", "--", path],
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,
