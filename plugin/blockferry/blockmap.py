@@ -129,10 +129,13 @@ class BlockMap:
         """Return the map of the stored form; raise ValueError if it is damaged."""
         if not stored.startswith(_MAGIC):
             raise ValueError("not a block map of a known version")
+        inflate = zlib.decompressobj()
         try:
-            plain = zlib.decompress(stored[len(_MAGIC) :])
+            plain = inflate.decompress(stored[len(_MAGIC) :], _LARGEST)
         except zlib.error as error:
             raise ValueError(f"the block map is damaged: {error}") from None
+        if not inflate.eof:
+            raise ValueError("the block map is cut short, or larger than any that is true")
         count, rest = divmod(len(plain), 9)
         if rest:
             raise ValueError("the block map is cut short")
@@ -144,3 +147,6 @@ class BlockMap:
 
 
 _MAGIC = b"blockferry map 1\n"
+
+_LARGEST = 9 * 100_000_000
+"""Bytes that a map may take: a hundred million runs. What a repository holds does not decide how much memory we use."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from blockferry.snapshot import Record, Snapshot, Stored
 
 Advance = Callable[[int], None]
-"""Called with the number of image bytes that were dealt with since the last call."""
+"""Called with how many bytes of the map's data, on the repository's grid, were dealt with since the last call."""
 
 
 class Repository(Protocol):

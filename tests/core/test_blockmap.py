@@ -1,6 +1,7 @@
 """Block maps: three kinds of bytes, in borg's text and in the stored form."""
 
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -77,3 +78,10 @@ def test_a_flipped_byte_in_a_stored_map_is_found_or_harmless(position, mask):
     except ValueError:
         return
     assert found == whole, "zlib's checksum lets nothing else through"
+
+
+def test_a_small_stored_map_that_expands_without_end_is_refused():
+    packer = zlib.compressobj(9)
+    bomb = b"".join([packer.compress(bytes(10 << 20)) for _ in range(90)]) + packer.flush()
+    with pytest.raises(ValueError, match="larger than any"):
+        BlockMap.from_bytes(b"blockferry map 1\n" + bomb)
