@@ -7,16 +7,13 @@ BORG_REPO. All of borg's own variables work, for borg runs in our environment.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from blockferry.errors import UsageError
 from blockferry.hookspecs import hookimpl
-from blockferry.repository import Repository
-from blockferry_borg.command import Borg
-from blockferry_borg.failures import without_credentials
-from blockferry_borg.installation import Way, find_installation
-from blockferry_borg.mapped import MappedRepository
-from blockferry_borg.repository import WorkerRepository
-from blockferry_borg.standalone import StandaloneRepository
+
+if TYPE_CHECKING:
+    from blockferry.repository import Repository
 
 PREFIX = "borg:"
 
@@ -26,6 +23,14 @@ def blockferry_open_repository(reference: str) -> Repository | None:
     """Return the repository behind a `borg:` reference; whether it is there turns out when it is first used."""
     if not reference.startswith(PREFIX):
         return None
+    # Every command loads every plugin; only one that opens a repository of ours has to load the rest of the adapter.
+    from blockferry_borg.command import Borg  # noqa: PLC0415
+    from blockferry_borg.failures import without_credentials  # noqa: PLC0415
+    from blockferry_borg.installation import Way, find_installation  # noqa: PLC0415
+    from blockferry_borg.mapped import MappedRepository  # noqa: PLC0415
+    from blockferry_borg.repository import WorkerRepository  # noqa: PLC0415
+    from blockferry_borg.standalone import StandaloneRepository  # noqa: PLC0415
+
     location = reference.removeprefix(PREFIX) or os.environ.get("BORG_REPO", "")
     if not location:
         raise UsageError(f"{reference}: names no repository", remedy="Write borg:PATH-OR-URL, or set BORG_REPO.")
