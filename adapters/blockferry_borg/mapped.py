@@ -15,7 +15,7 @@ from blockferry.fuse import mounted
 from blockferry.layers import CutLayer, Layer
 from blockferry.repository import Advance
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
-from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for, snapshot_from
+from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
 from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
 from blockferry_borg.command import Borg, literal
 from blockferry_borg.tree import LayerTree
@@ -82,9 +82,7 @@ class MappedRepository(CommandRepository):
                 follow(running, tree, advance, planned.extents(Kind.DATA).total)
                 stored += _grown(running.json())
             self.borg.run(*self.words.rename(unfinished, name))
-        snapshot = snapshot_from(name, comment)
-        assert snapshot  # noqa: S101  # we have just written it
-        return Stored(snapshot, stored)
+        return Stored(Snapshot.of(record, name), stored)
 
     def _store_description(self, directory: Path, record: Record, block_map: BlockMap, archive: str) -> int:
         """Store the record and the map; return the bytes by which the repository grew."""

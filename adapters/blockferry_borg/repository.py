@@ -146,9 +146,7 @@ class WorkerRepository:
                 sender.send_item(item, Content(content), whole, _not_of_the_image)
             sender.send_item(IMAGE_NAME, source, planned, advance)
             stored = sender.finish()
-        snapshot = snapshot_from(name, comment)
-        assert snapshot  # noqa: S101  # we have just written it
-        return Stored(snapshot, stored)
+        return Stored(Snapshot.of(record, name), stored)
 
     def _read_description(self, opened: OpenArchive) -> tuple[Record, BlockMap]:
         """Read the record and the block map of an open archive; raise DamagedSnapshotError if they do not fit."""

@@ -11,7 +11,7 @@ from blockferry.fuse import mounted
 from blockferry.layers import CutLayer, Layer
 from blockferry.repository import Advance
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
-from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for, snapshot_from
+from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
 from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
 from blockferry_borg.command import Borg, literal
 from blockferry_borg.sender import Content
@@ -84,6 +84,4 @@ class StandaloneRepository(CommandRepository):
                 follow(running, tree, advance, data.total)
                 stored = running.json()["archive"]["stats"]["deduplicated_size"]
             self.borg.run(*self.words.rename(unfinished, name))
-        snapshot = snapshot_from(name, comment)
-        assert snapshot  # noqa: S101  # we have just written it
-        return Stored(snapshot, stored)
+        return Stored(Snapshot.of(record, name), stored)

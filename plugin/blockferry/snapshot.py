@@ -118,6 +118,11 @@ class Snapshot:
     tier: str
     base: str | None = None
 
+    @classmethod
+    def of(cls, record: Record, archive: str) -> Snapshot:
+        """Return the snapshot that a record describes, stored under that name."""
+        return cls(record.snapshot, archive, record.volume, record.created, record.size, record.tier.value, record.base)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
