@@ -61,6 +61,28 @@ class UsedBlocks:
     method: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """From when on a tracker can say what changed: a moment right before a snapshot's own."""
+
+    tracker: str
+    """The plugin that made it, by the name that users know it by."""
+    snapshot: str
+    """The snapshot that it belongs to."""
+    state: dict[str, Any]
+    """What the tracker needs in order to answer later, and to know that it still can; JSON, never a secret."""
+    keep: int = dataclasses.field(default=1, compare=False)
+    """How many of a volume's checkpoints to keep for each repository: one where they take up space."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedBlocks:
+    """The bytes of a volume that may differ from what they were at a checkpoint, and who says so."""
+
+    extents: ExtentSet
+    method: str
+
+
 # -- repositories ------------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +95,19 @@ def blockferry_open_repository(reference: str) -> Repository | None:
 
 
 # -- backup ------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+    """Begin to remember what is written to a volume, under a name that can be asked for later. All plugins are asked.
+
+    Called before the volume is made to hold still: what is written between the two counts as changed at the next
+    backup, though it may be in this one already. A tracker that cannot begin calls `declined`; this backup goes on.
+
+    :param volume: the volume as the user named it.
+    :param snapshot: the id of the snapshot that is about to be made.
+    :param declined: called with the reason if this plugin would be the one to ask, and cannot do it.
+    """
 
 
 @hookspec(firstresult=True)
@@ -95,6 +130,30 @@ def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | 
 
     :param volume: the volume, already holding still.
     :param declined: called with the reason if it is of this plugin's kind and yet cannot be answered for.
+    """
+
+
+@hookspec(firstresult=True)
+def blockferry_changed_extents(
+    volume: Volume, still: Volume, since: Checkpoint, declined: Declined
+) -> ChangedBlocks | None:
+    """Return every byte that may have been written since a checkpoint. Stops at the first answer.
+
+    More is allowed, less never: after any event that the tracker cannot be sure to have seen (a reboot, a full map, a
+    device that was swapped), it calls `declined` and returns None. Discarded and zeroed bytes count as written.
+
+    :param volume: the volume as the user named it.
+    :param still: the volume as it holds still: what is written after that need not be in the answer.
+    :param since: a checkpoint that was made on this host, of a volume of this name and size.
+    :param declined: called with the reason if the checkpoint is this plugin's and yet it cannot answer.
+    """
+
+
+@hookspec
+def blockferry_release_checkpoint(checkpoint: Checkpoint) -> None:
+    """Forget a checkpoint, and free what it takes up. All plugins are told; whose it is acts, also a second time.
+
+    :param checkpoint: as `blockferry_checkpoint` returned it. The volume may be gone.
     """
 
 
