@@ -77,7 +77,7 @@ def back_up(
         log.info("%s: %d bytes in use, says %s", volume.path, used.extents.total, used.method)
         record = _describe(volume, frozen, tier, reason, used.method, used.extents, repository)
         block_map = BlockMap.build(frozen.volume.size, data=used.extents)
-        with frozen.volume.open() as disk:
+        with frozen.volume.open_data() as disk:
             source = CheckedLayer(CutLayer(disk, used.extents), frozen.check)
             work = block_map.on_grid(record.unit).extents(Kind.DATA).total
             with progress.task("backup", work) as advance:

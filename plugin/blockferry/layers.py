@@ -8,12 +8,19 @@ are all reads of some stack.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import threading
 from collections.abc import Iterator
 from typing import Protocol, Self, runtime_checkable
 
+import numpy as np
+
 from blockferry.errors import VolumeError
 from blockferry.extents import ExtentSet
+
+_BOUNCE = 1 << 20
+"""Bytes that a read with unaligned ends is cut into."""
 
 
 @runtime_checkable
@@ -107,6 +114,42 @@ class FileLayer(BaseLayer):
                 )
             done += count
         self.bytes_read += done
+
+
+class DirectLayer(FileLayer):
+    """All bytes of a block device opened with O_DIRECT (open(2)): what is read takes nobody's place in the page cache.
+
+    Places, lengths and addresses in memory have to be aligned then. What is not goes through a buffer that is.
+    """
+
+    def __init__(self, descriptor: int, size: int, *, block_size: int, base: int = 0, name: str = "volume") -> None:
+        """Borrow `descriptor`; `base` and `size` are multiples of the device's `block_size`."""
+        super().__init__(descriptor, size, base=base, name=name)
+        self.block_size = block_size
+        self.local = threading.local()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer straight from the device where everything is aligned, else by way of a page-aligned one."""
+        address = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] if len(buffer) else 0
+        if address % mmap.PAGESIZE == 0 and (offset | len(buffer)) % self.block_size == 0:
+            super().read_into(offset, buffer)
+            return
+        bounce = self._bounce()
+        end = offset + len(buffer)
+        start = offset // self.block_size * self.block_size
+        while start < end:
+            length = min(len(bounce), -(-(end - start) // self.block_size) * self.block_size)
+            super().read_into(start, bounce[:length])
+            begin, stop = max(start, offset), min(start + length, end)
+            buffer[begin - offset : stop - offset] = bounce[begin - start : stop - start]
+            start += length
+
+    def _bounce(self) -> memoryview:
+        """Return this thread's aligned buffer."""
+        if not hasattr(self.local, "bounce"):
+            self.local.bounce = memoryview(mmap.mmap(-1, _BOUNCE))
+        bounce: memoryview = self.local.bounce
+        return bounce
 
 
 class CutLayer(BaseLayer):

@@ -126,7 +126,7 @@ def _compare(image: Layer, extents: ExtentSet, against: Volume, record: Record, 
             remedy="Name the volume that the snapshot was made of, or one it was restored to.",
         )
     differences = []
-    with against.open() as disk, progress.task("verify", extents.total) as advance:
+    with against.open_data() as disk, progress.task("verify", extents.total) as advance:
         for offset, piece in image.stream(extents, _BATCH):
             there = bytearray(len(piece))
             disk.read_into(offset, memoryview(there))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blockferry import kernel
 from blockferry.errors import VolumeError
-from blockferry.layers import FileLayer
+from blockferry.layers import DirectLayer, FileLayer
 from blockferry.programs import find
 
 _BLKSSZGET = 0x1268
@@ -104,13 +104,29 @@ class Volume:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[FileLayer]:
-        """Open for reading, as a layer of all its bytes."""
+        """Open for reading here and there, as a layer of all its bytes."""
         with contextlib.closing(_Descriptor(self.path)) as opened:
             if self.is_device:
                 # A filesystem writes past the page cache of its device: what an earlier reader left there is old.
                 kernel.forget_pages(opened.number)
-            os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield FileLayer(opened.number, self.size, base=self.offset, name=self.path)
+
+    @contextlib.contextmanager
+    def open_data(self) -> Iterator[FileLayer]:
+        """Open for reading much of it, once: a device is read past the page cache if its driver lets us."""
+        try:
+            if not self.is_device or self.offset % self.block_size or self.size % self.block_size:
+                raise OSError
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError:
+            with self.open() as layer:
+                os.posix_fadvise(layer.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                yield layer
+            return
+        try:
+            yield DirectLayer(descriptor, self.size, block_size=self.block_size, base=self.offset, name=self.path)
+        finally:
+            os.close(descriptor)
 
     def mounts(self) -> list[Mount]:
         """Return where this very volume is mounted: not its partitions."""

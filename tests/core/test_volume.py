@@ -1,11 +1,14 @@
 """Volumes: real images, real loop devices, real mounts."""
 
+import json
+import mmap
 import os
 import subprocess
 
 import pytest
 
 from blockferry.errors import VolumeError
+from blockferry.layers import DirectLayer
 from blockferry.volume import Volume, all_mounts, default_name
 
 
@@ -107,3 +110,34 @@ def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
 )
 def test_a_volume_without_a_name_is_called_by_the_end_of_its_path(path, name):
     assert default_name(path) == name
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_data_is_read_past_the_page_cache_wherever_it_begins_and_ends(tmp_path, attach, sector):
+    """What a device holds is seen, not what an earlier reader left in its page cache; and no page of it is added."""
+    path = tmp_path / "disk.img"
+    content = os.urandom(3 << 20)
+    path.write_bytes(content)
+    device = attach(path, "--sector-size", str(sector))
+    with Volume.discover(device).open_data() as layer:
+        assert isinstance(layer, DirectLayer)
+        for offset, length in [
+            (0, 3 << 20),
+            (1, 5),
+            (sector - 1, 2),
+            (4095, 2 << 20),
+            (3 << 20, 0),
+            ((3 << 20) - 7, 7),
+        ]:
+            for shift in (0, 16, 512):
+                whole = memoryview(bytearray(length + shift))
+                layer.read_into(offset, whole[shift:])
+                assert whole[shift:] == content[offset : offset + length]
+        aligned = memoryview(mmap.mmap(-1, 1 << 20))
+        layer.read_into(1 << 20, aligned)
+        assert aligned == content[1 << 20 : 2 << 20]
+        with pytest.raises(VolumeError, match="ends at"):
+            layer.read_into((3 << 20) - 5, memoryview(bytearray(10)))
+    cached = json.loads(run("fincore", "--json", "--bytes", device))["fincore"][0]["res"]
+    assert int(cached) < 1 << 20  # blkid and the kernel looked at its ends
