@@ -22,6 +22,7 @@ from blockferry import kernel
 from blockferry.errors import VolumeError
 from blockferry.layers import DirectLayer, FileLayer
 from blockferry.programs import find
+from blockferry.qemu.name import DiskName
 
 _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
@@ -62,8 +63,15 @@ class Volume:
 
     @classmethod
     def discover(cls, path: str | os.PathLike[str], name: str = "") -> Volume:
-        """Look at a path; raise VolumeError if it is neither a block device nor a regular file that can be read."""
+        """Look at a path, or ask a machine for its disk (`qemu:SOCKET:NODE`).
+
+        Raise VolumeError if it is neither that nor a block device nor a regular file that can be read.
+        """
         given = os.fspath(path)
+        if disk := DiskName.parse(given):
+            from blockferry.qemu.disk import discover  # noqa: PLC0415  # it makes volumes itself
+
+            return discover(disk, name)
         with contextlib.closing(_Descriptor(given)) as opened:
             mode = os.fstat(opened.number).st_mode
             if stat.S_ISBLK(mode):
@@ -265,7 +273,11 @@ def _btrfs_members(source: str) -> list[tuple[int, int]]:
     except OSError:
         return []
     for devices in Path("/sys/fs/btrfs").glob("*/devices"):
-        members = [_parse_numbers((member / "dev").read_text()) for member in devices.iterdir()]
+        members = []
+        with contextlib.suppress(OSError):  # another filesystem, and it was unmounted meanwhile
+            for member in devices.iterdir():
+                with contextlib.suppress(OSError):  # it was removed from its filesystem meanwhile
+                    members.append(_parse_numbers((member / "dev").read_text()))
         if device in members:
             return members
     return [device]
@@ -282,6 +294,8 @@ def _parse_numbers(text: str) -> tuple[int, int]:
 
 def _unescape(field: str) -> str:
     """Undo the octal escapes of mountinfo."""
+    if "\\" not in field:
+        return field
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 

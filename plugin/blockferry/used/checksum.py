@@ -26,15 +26,20 @@ class Crc:
     """One CRC, by its reflected polynomial."""
 
     def __init__(self, polynomial: int) -> None:
-        bytes_ = np.arange(256, dtype=np.uint32)
+        self._byte = np.arange(256, dtype=np.uint32)
         for _ in range(8):
-            bytes_ = np.where(bytes_ & 1, (bytes_ >> 1) ^ np.uint32(polynomial), bytes_ >> 1)
-        self._byte = bytes_
-        pairs = np.arange(65536, dtype=np.uint32)
-        for _ in range(2):
-            pairs = self._byte[pairs & 0xFF] ^ (pairs >> 8)
-        self._high = pairs
-        self._low = pairs[pairs & 0xFFFF] ^ (pairs >> 16)
+            self._byte = np.where(self._byte & 1, (self._byte >> 1) ^ np.uint32(polynomial), self._byte >> 1)
+        self._high = self._table(2)
+        self._low = self._table(4)
+
+    def _table(self, steps: int) -> Registers:
+        """Return what a register of 16 bits becomes over some bytes of zeros: the sum of what its halves become."""
+        low = np.arange(256, dtype=np.uint32)
+        high = low << 8
+        for _ in range(steps):
+            low, high = (self._byte[half & 0xFF] ^ (half >> 8) for half in (low, high))
+        table: Registers = (high[:, None] ^ low).reshape(-1)
+        return table
 
     def of(self, data: bytes, register: int = 0xFFFFFFFF) -> int:
         """Return the register after one piece of data."""

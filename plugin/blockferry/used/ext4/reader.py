@@ -66,7 +66,7 @@ _WORDS_AT_ONCE = 1 << 15
 @hookimpl
 def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | None:
     """Answer for ext2, ext3 and ext4, mounted read-only or not at all."""
-    with volume.open() as layer:
+    with volume.open_data() as layer:
         raw = raw_superblock(layer)
         if not has_magic(raw):
             return None

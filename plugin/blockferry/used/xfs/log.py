@@ -24,6 +24,7 @@ Linux, fs/xfs/xfs_log_recover.c, `xlog_find_head` and `xlog_find_tail`; covering
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import struct
 from collections.abc import Iterator
 
@@ -40,6 +41,8 @@ _CYCLE_WORDS = 64
 _CYCLE_BYTES = _CYCLE_WORDS * _BLOCK
 _WINDOW = 8 * 256 * 1024 // _BLOCK
 """Blocks that can be in flight at once: eight records of 256 KiB (XLOG_TOTAL_REC_SHIFT)."""
+_BATCH = 256 * 1024 // _BLOCK
+"""Blocks read at a time around the head."""
 _MOST_RECORD = 256 * 1024 // _BLOCK + 8
 """Blocks of the largest record with its headers."""
 
@@ -135,11 +138,14 @@ class _Log:
     def read(self, block: int, count: int) -> bytes:
         """Return `count` blocks from `block` on, around the end of the ring."""
         buffer = bytearray(count * _BLOCK)
-        before_end = min(count, self.blocks - block) * _BLOCK
-        view = memoryview(buffer)
-        self.layer.read_into(self.place.offset + block * _BLOCK, view[:before_end])
-        self.layer.read_into(self.place.offset, view[before_end:])
+        self.read_into(block, memoryview(buffer))
         return bytes(buffer)
+
+    def read_into(self, block: int, buffer: memoryview) -> None:
+        """Fill a buffer with the blocks from `block` on, around the end of the ring."""
+        before_end = (self.blocks - block) * _BLOCK
+        self.layer.read_into(self.place.offset + block * _BLOCK, buffer[:before_end])
+        self.layer.read_into(self.place.offset, buffer[before_end:])
 
     def cycle_at(self, block: int) -> int:
         """Return the cycle number that a block before or behind the head has."""
@@ -217,10 +223,15 @@ class _Log:
         """
         around = min(self.blocks, 2 * _WINDOW)
         start = (self.head - around // 2) % self.blocks
-        numbers = (start + np.arange(around)) % self.blocks
-        expected = np.where(numbers < self.head, self.first_cycle, self.first_cycle - 1)
-        if not np.array_equal(_cycles(self.read(start, around)), expected):
-            raise XfsError(f"{_DIRTY}it was cut off while being written, or a tool formatted it and no mount followed")
+        buffer = memoryview(mmap.mmap(-1, _BATCH * _BLOCK))
+        for done in range(0, around, _BATCH):
+            numbers = (start + done + np.arange(min(_BATCH, around - done))) % self.blocks
+            piece = buffer[: numbers.size * _BLOCK]
+            self.read_into(int(numbers[0]), piece)
+            if not np.array_equal(_cycles(piece), self.first_cycle - (numbers >= self.head)):
+                raise XfsError(
+                    f"{_DIRTY}it was cut off while being written, or a tool formatted it and no mount followed"
+                )
 
     def _record(self, block: int) -> _Record:
         """Return the record whose header is at a block; raise XfsError if what is there is not one."""
@@ -250,7 +261,7 @@ class _Log:
         )
 
 
-def _cycles(blocks: bytes) -> npt.NDArray[np.int64]:
+def _cycles(blocks: bytes | memoryview) -> npt.NDArray[np.int64]:
     """Return the cycle number of each block: its first word, or the second where a record begins."""
     words = np.frombuffer(blocks, ">u4").reshape(-1, _BLOCK // 4)
     return np.where(words[:, 0] == _MAGIC, words[:, 1], words[:, 0]).astype(np.int64)
