@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockferry.blockmap import BlockMap
+from blockferry.blockmap import BlockMap, Kind
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
+from blockferry.repository import Base
 from blockferry.snapshot import Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 
 MIB = 1 << 20
@@ -127,7 +128,8 @@ def store(
 ) -> Stored:
     """Store a volume as a backup would."""
     record = record_of(volume.size, unit, base)
-    return repository.store(volume, block_map, record, base=base, advance=lambda _count: None)
+    bases = [Base(base, block_map.on_grid(unit).extents(Kind.SAME))] if base else []
+    return repository.store(volume, block_map, record, bases=bases, advance=lambda _count: None)
 
 
 def used(*megabytes: tuple[float, float], size: int) -> ExtentSet:

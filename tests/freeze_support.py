@@ -23,7 +23,7 @@ def hold(path: Path | str, options: FreezeOptions | None = None) -> AbstractCont
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     for name in BUILTIN:
-        if name.startswith("blockferry.freeze."):
+        if name.startswith(("blockferry.freeze.", "blockferry.qemu.freeze")):
             manager.register(importlib.import_module(name), name)
     return hold_still(manager, Volume.discover(path), options or FreezeOptions())
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from blockferry.blockmap import BlockMap
+from blockferry.blockmap import BlockMap, Kind
 from blockferry.errors import VolumeError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer, CutLayer, FileLayer
+from blockferry.repository import Base
 from blockferry.snapshot import Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 from blockferry_restic.plugin import blockferry_open_repository
 from blockferry_restic.repository import ResticRepository
@@ -139,7 +140,9 @@ def store(
         source = CountingLayer(CutLayer(FileLayer(descriptor, image.size), image.used), fails_at)
         record = image.record(base, repository.unit(image.size))
         advance = (told if told is not None else []).append
-        return repository.store(source, image.block_map(changed), record, base=base, advance=advance), source
+        block_map = image.block_map(changed)
+        bases = [Base(base, block_map.on_grid(record.unit).extents(Kind.SAME))] if base else []
+        return repository.store(source, block_map, record, bases=bases, advance=advance), source
     finally:
         os.close(descriptor)
 

@@ -13,12 +13,15 @@ import struct
 import subprocess
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from blockferry.extents import ExtentSet
 from blockferry.used.ext4 import reader as ext4
 from blockferry.volume import Volume
 
 MIB = 1 << 20
+PLAIN = "-t ext4 -b 1024 -g 1024 -O ^metadata_csum,^uninit_bg"
+CHECKED = "-t ext4 -b 1024 -g 1024 -O metadata_csum"
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _SHUTDOWN_WITHOUT_FLUSH = 2
 
@@ -180,7 +183,8 @@ def files_by_debugfs(image: Path, target: Path) -> dict[str, object]:
         str(path.relative_to(target)): os.readlink(path)
         if path.is_symlink()
         else hashlib.sha1(path.read_bytes() if path.is_file() else b"").hexdigest()
-        for path in target.rglob("*")
+        for directory, names, files in os.walk(target)
+        for path in (Path(directory, name) for name in [*names, *files])
     }
     shutil.rmtree(target)
     return state
@@ -210,3 +214,14 @@ def lose_power(root: Path, image: Path) -> Path:
         os.close(descriptor)
     # Unmounting would write the blocks that the journal has already, so that nothing were left to replay.
     return Path(shutil.copy(image, image.with_name("after the crash")))
+
+
+def with_a_flipped_bit(file: BinaryIO, volume: Volume, offset: int, bit: int) -> tuple[ExtentSet | None, list[str]]:
+    """Return the answer, and the reasons for none, while one bit of an image is wrong."""
+    byte = os.pread(file.fileno(), 1, offset)
+    os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << bit]), offset)
+    reasons: list[str] = []
+    answer = ext4.blockferry_used_extents(volume, reasons.append)
+    os.pwrite(file.fileno(), byte, offset)
+    assert answer is None or not reasons
+    return answer and answer.extents, reasons

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 IMAGE_NAME = "volume.img"
 COMPRESSION_VARIABLE = "BLOCKFERRY_BORG_COMPRESSION"
 _COMMENT = "blockferry "
+_LISTED = ("snapshot", "volume", "tier", "size", "base", "part", "state_of", "created")
 
 _MOST_CHUNKS = 1 << 22
 _UNITS = (1 << 20, 4 << 20, 16 << 20)
@@ -47,7 +48,7 @@ def archive_name(record: Record) -> str:
 
 def comment_for(record: Record) -> str:
     """Return an archive's comment: what listing snapshots has to know."""
-    listed = {name: getattr(record, name) for name in ("snapshot", "volume", "tier", "size", "base", "created")}
+    listed = {name: getattr(record, name) for name in _LISTED}
     return _COMMENT + json.dumps(listed, separators=(",", ":"))
 
 
@@ -68,6 +69,8 @@ def snapshot_from(name: str, comment: str) -> Snapshot | None:
             size=told["size"],
             tier=told["tier"],
             base=told.get("base"),
+            part=told.get("part") is True,
+            state_of=told.get("state_of"),
         )
     except (ValueError, KeyError, TypeError):
         log.warning("archive %s: its comment begins like one of ours and is none; left out", name)

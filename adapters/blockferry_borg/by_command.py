@@ -83,14 +83,15 @@ class CommandRepository:
 
     def open(self, snapshot: Snapshot) -> Layer:
         """Return the image, mounted if this borg can mount: while it is, nobody can write to the repository."""
-        _record, block_map = self.describe(snapshot)
+        record, block_map = self.describe(snapshot)
+        extents = block_map.extents(*record.stored_kinds)
         name = f"{self.reference}::{snapshot.archive}"
         try:
             mounted = self.borg.mount(*self.words.mount(snapshot.archive), item=IMAGE_NAME)
-            return MountedImage(name, block_map, mounted)
+            return MountedImage(name, extents, record.size, mounted)
         except ToolMissingError:
             arguments = self.words.extract(snapshot.archive, IMAGE_NAME)
-            return ExtractedImage(name, block_map, lambda: self.borg.start(*arguments, piped=True))
+            return ExtractedImage(name, extents, record.size, lambda: self.borg.start(*arguments, piped=True))
 
     def delete(self, snapshots: Sequence[Snapshot]) -> None:
         """Remove snapshots, one after the other; those that are not there need no deleting."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from blockferry.blockmap import BlockMap, Kind
 from blockferry.errors import DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
@@ -20,12 +19,12 @@ Extract = Callable[[], AbstractContextManager[Running]]
 
 
 class _Image(BaseLayer):
-    """What both have in common: bytes outside the map are not asked for, and read as zero."""
+    """What both have in common: bytes that the image does not have are not asked for, and read as zero."""
 
-    def __init__(self, name: str, block_map: BlockMap) -> None:
+    def __init__(self, name: str, extents: ExtentSet, size: int) -> None:
         self.name = name
-        self.size = block_map.size
-        self.extents = block_map.extents(Kind.DATA, Kind.SAME)
+        self.size = size
+        self.extents = extents
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer; raise DamagedSnapshotError if borg does not give all of it."""
@@ -45,9 +44,9 @@ class _Image(BaseLayer):
 class MountedImage(_Image):
     """An image in a mounted archive: random access at borg's own speed."""
 
-    def __init__(self, name: str, block_map: BlockMap, mounted: AbstractContextManager[Path]) -> None:
+    def __init__(self, name: str, extents: ExtentSet, size: int, mounted: AbstractContextManager[Path]) -> None:
         """Mount the archive, and keep it mounted until `close`; raise what the mount raises."""
-        super().__init__(name, block_map)
+        super().__init__(name, extents, size)
         with contextlib.ExitStack() as opened:
             path = opened.enter_context(mounted)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -78,8 +77,8 @@ class ExtractedImage(_Image):
     Reading on is as fast as borg is; reading backwards starts it anew.
     """
 
-    def __init__(self, name: str, block_map: BlockMap, extract: Extract) -> None:
-        super().__init__(name, block_map)
+    def __init__(self, name: str, extents: ExtentSet, size: int, extract: Extract) -> None:
+        super().__init__(name, extents, size)
         self._extract = extract
         self._lock = threading.Lock()
         self._opened = contextlib.ExitStack()

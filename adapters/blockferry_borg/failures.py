@@ -10,6 +10,7 @@ import errno
 import re
 
 from blockferry.errors import (
+    BaseUnusableError,
     BlockferryError,
     DamagedSnapshotError,
     PassphraseError,
@@ -77,10 +78,6 @@ _KNOWN: dict[str, tuple[type[BlockferryError], str]] = {
     "CompressionError": (UsageError, "Set BLOCKFERRY_BORG_COMPRESSION as `borg create --compression` takes it."),
     "LocationError": (UsageError, "Write borg:PATH, borg:ssh://USER@HOST/PATH or borg:USER@HOST:PATH."),
 }
-
-
-class BaseUnusableError(RepositoryError):
-    """The base's chunks cannot be referred to; the adapter stores the same bytes by reading them."""
 
 
 def failure(where: str, kind: str, message: str, number: int | None = None) -> BlockferryError:

@@ -6,7 +6,6 @@ import collections
 import threading
 from collections.abc import Iterator
 
-from blockferry.blockmap import BlockMap, Kind
 from blockferry.errors import DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
@@ -80,19 +79,20 @@ class OpenArchive:
 class ImageLayer(BaseLayer):
     """The image of a snapshot. Owns the archive's worker."""
 
-    def __init__(self, opened: OpenArchive, image: str, block_map: BlockMap) -> None:
+    def __init__(self, opened: OpenArchive, image: str, extents: ExtentSet, size: int) -> None:
+        """Give the image of an open archive that has `extents` of a volume of `size` bytes."""
         self._opened = opened
         self._image = image
         self._unit = opened.unit
-        self.size = block_map.size
-        self.extents = block_map.extents(Kind.DATA, Kind.SAME)
+        self.size = size
+        self.extents = extents
         self._random = threading.Lock()
         self._streaming = threading.Lock()
         if opened.sizes[image] != self.size:
             raise opened.damaged(f"the image has {opened.sizes[image]} bytes, its map {self.size}")
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from as many whole chunks as it touches; what the map calls zero is not fetched."""
+        """Fill the buffer from as many whole chunks as it touches; what is not in the image is not fetched."""
         end = offset + len(buffer)
         buffer[:] = bytes(len(buffer))
         wanted = self.extents.clip(offset, end)

@@ -8,12 +8,13 @@ By hand: `borg extract NAME` gives the image, `borg extract NAME.description` wh
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.fuse import mounted
 from blockferry.layers import CutLayer, Layer
-from blockferry.repository import Advance
+from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
 from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
@@ -60,12 +61,12 @@ class MappedRepository(CommandRepository):
         super().__init__(borg, SecondSeriesWords())
 
     def store(
-        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+        self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
-        """Store an image and its description as two archives."""
+        """Store an image and its description as two archives; borg takes chunks over from one base at most."""
         name, comment = archive_name(record), comment_for(record)
         unfinished, description = f"{name}.checkpoint", self.words.described_in(name)
-        planned = block_map.on_grid(record.unit)
+        planned = plan(block_map, record, bases)
         used = planned.extents(Kind.DATA, Kind.SAME)
         tree = LayerTree({IMAGE_NAME: CutLayer(source, used)}, counted=IMAGE_NAME)
         with tempfile.TemporaryDirectory() as made, removed_on_failure(self, unfinished, description):
@@ -73,8 +74,9 @@ class MappedRepository(CommandRepository):
             (Path(made) / "map").write_text(planned.to_lines())
             options = ["--json", "--files-cache", "disabled", "--map", str(Path(made) / "map"), *compression()]
             options += ["--chunker-params", f"fixed,{record.unit}", "--comment", literal(comment)]
-            if base:
-                options += ["--reuse-from", base.archive]
+            if bases:
+                (base,) = bases
+                options += ["--reuse-from", base.snapshot.archive]
             with (
                 mounted(tree, name=record.volume) as path,
                 self.borg.start("create", *options, unfinished, IMAGE_NAME, directory=path) as running,

@@ -7,11 +7,11 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 
-from blockferry.blockmap import BlockMap, Kind
+from blockferry.blockmap import BlockMap
 from blockferry.errors import UsageError
 from blockferry.extents import ExtentSet
 from blockferry.layers import Layer
-from blockferry.repository import Advance
+from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import (
     COMPRESSION_VARIABLE,
@@ -24,7 +24,7 @@ from blockferry_borg.archives import (
     unit_for,
 )
 from blockferry_borg.client import Passphrase, Worker
-from blockferry_borg.failures import BaseUnusableError, without_credentials
+from blockferry_borg.failures import without_credentials
 from blockferry_borg.installation import Installation
 from blockferry_borg.layer import MAP_LIMIT, RECORD_LIMIT, ImageLayer, OpenArchive
 from blockferry_borg.sender import Content, Sender
@@ -52,7 +52,7 @@ def _not_of_the_image(_count: int) -> None:
 class WorkerRepository:
     """Implements `blockferry.repository.Repository` by the worker."""
 
-    capabilities = frozenset({"reuse"})
+    capabilities = frozenset({"reuse", "merge"})
 
     def __init__(self, location: str, installation: Installation) -> None:
         """Work on the repository that borg calls `location`; nothing is opened yet."""
@@ -86,8 +86,8 @@ class WorkerRepository:
         worker = self._take_worker()
         try:
             opened = OpenArchive(worker, snapshot.archive, (RECORD_NAME, MAP_NAME, IMAGE_NAME))
-            _record, block_map = self._read_description(opened)
-            return ImageLayer(opened, IMAGE_NAME, block_map)
+            record, block_map = self._read_description(opened)
+            return ImageLayer(opened, IMAGE_NAME, block_map.extents(*record.stored_kinds), record.size)
         except BaseException:
             worker.close()
             raise
@@ -98,36 +98,10 @@ class WorkerRepository:
             worker.ask(op="delete", archives=[snapshot.archive for snapshot in snapshots])
 
     def store(
-        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+        self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
-        """Store an image as one archive; where the base turns out to be damaged its bytes are read as well."""
-        planned = block_map.on_grid(record.unit)
-        try:
-            return self._store(source, planned, block_map, record, base=base, advance=advance)
-        except BaseUnusableError as error:
-            if block_map.extents(Kind.SAME).difference(source.extents):
-                raise  # the base was the only place that had those bytes
-            log.warning("%s; reading what it would have given", error.message)
-            everything = BlockMap.build(planned.size, data=planned.extents(Kind.DATA, Kind.SAME))
-            return self._store(source, everything, block_map, record, base=None, advance=advance)
-
-    def close(self) -> None:
-        """End the worker."""
-        if self._idle:
-            self._idle.close()
-            self._idle = None
-
-    def _store(
-        self,
-        source: Layer,
-        planned: BlockMap,
-        block_map: BlockMap,
-        record: Record,
-        *,
-        base: Snapshot | None,
-        advance: Advance,
-    ) -> Stored:
-        """Store `planned`, a map of whole chunks, beside the record and the map that it was made from."""
+        """Store an image as one archive; chunks that are the same are referred to by their ids."""
+        planned = plan(block_map, record, bases)
         name, comment = archive_name(record), comment_for(record)
         with self._worker() as worker:
             worker.ask(
@@ -138,15 +112,21 @@ class WorkerRepository:
                 compression=os.environ.get(COMPRESSION_VARIABLE) or "lz4",
                 checkpoint=checkpoint_interval(),
                 unit=record.unit,
-                base=base.archive if base else None,
+                bases=[base.snapshot.archive for base in bases],
             )
             sender = Sender(worker, record.unit)
             for item, content in ((RECORD_NAME, record.to_json()), (MAP_NAME, block_map.to_bytes())):
                 whole = BlockMap.build(len(content), data=ExtentSet.whole(len(content)))
-                sender.send_item(item, Content(content), whole, _not_of_the_image)
-            sender.send_item(IMAGE_NAME, source, planned, advance)
+                sender.send_item(item, Content(content), whole, advance=_not_of_the_image)
+            sender.send_item(IMAGE_NAME, source, planned, [base.extents for base in bases], advance=advance)
             stored = sender.finish()
         return Stored(Snapshot.of(record, name), stored)
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._idle:
+            self._idle.close()
+            self._idle = None
 
     def _read_description(self, opened: OpenArchive) -> tuple[Record, BlockMap]:
         """Read the record and the block map of an open archive; raise DamagedSnapshotError if they do not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from blockferry.blockmap import BlockMap, Kind
@@ -25,16 +26,24 @@ class Sender:
         self._free = collections.deque(range(SLOTS))
         self._slot: int | None = None
         self._filled = 0
-        self._runs: list[tuple[str, int]] = []
+        self._runs: list[tuple[str, int] | tuple[str, int, int]] = []
 
-    def send_item(self, path: str, source: Layer, block_map: BlockMap, advance: Advance) -> None:
-        """Send an item whose map is one of whole chunks; raise what `source` or the worker raises."""
+    def send_item(
+        self, path: str, source: Layer, block_map: BlockMap, bases: Sequence[ExtentSet] = (), *, advance: Advance
+    ) -> None:
+        """Send an item whose map is one of whole chunks; `bases` says which base has what of the chunks that are same.
+
+        Raise what `source` or the worker raises.
+        """
         self._worker.send(item=path, size=block_map.size)
         for start, length, kind in block_map:
             if kind is Kind.DATA:
                 self._send_data(source, start, length, advance)
+            elif kind is Kind.SAME:
+                for number, taken in _shares(start, length, bases):
+                    self._add((kind.name.lower(), taken, number))
             else:
-                self._add(kind, length)
+                self._add((kind.name.lower(), length))
         self._flush()
 
     def finish(self) -> int:
@@ -53,14 +62,14 @@ class Sender:
             piece = min(self._capacity - self._filled, end - start)
             source.read_into(start, self._worker.slot(self._slot)[self._filled : self._filled + piece])
             self._filled += piece
-            self._add(Kind.DATA, piece)
+            self._add((Kind.DATA.name.lower(), piece))
             if self._filled == self._capacity:
                 self._flush()
             start += piece
             advance(piece)
 
-    def _add(self, kind: Kind, length: int) -> None:
-        self._runs.append((kind.name.lower(), length))
+    def _add(self, run: tuple[str, int] | tuple[str, int, int]) -> None:
+        self._runs.append(run)
         if len(self._runs) == _MOST_RUNS:
             self._flush()
 
@@ -78,6 +87,15 @@ class Sender:
 
     def _reclaim(self) -> None:
         self._free.append(self._worker.receive()["free"])
+
+
+def _shares(start: int, length: int, bases: Sequence[ExtentSet]) -> Iterator[tuple[int, int]]:
+    """Yield, in order, (number of a base, bytes) for a run that several bases have; they do not overlap."""
+    parts = [
+        (place, number, taken) for number, base in enumerate(bases) for place, taken in base.clip(start, start + length)
+    ]
+    for _place, number, taken in sorted(parts):
+        yield number, taken
 
 
 class Content(BaseLayer):

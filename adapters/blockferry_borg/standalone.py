@@ -6,10 +6,12 @@ read and compressed anew each time; borg stores only what it does not have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.fuse import mounted
 from blockferry.layers import CutLayer, Layer
-from blockferry.repository import Advance
+from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
 from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
@@ -53,13 +55,12 @@ class StandaloneRepository(CommandRepository):
         super().__init__(borg, FirstSeriesWords())
 
     def store(
-        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+        self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
-        """Store an image as one archive; what is `same` is read like everything else, so `source` must have it."""
-        del base
+        """Store an image as one archive; what is the same is read like everything else, so `source` must have it."""
         name, comment = archive_name(record), comment_for(record)
         unfinished = f"{name}.checkpoint"
-        data = block_map.on_grid(record.unit).extents(Kind.DATA, Kind.SAME)
+        data = plan(block_map, record, bases).extents(Kind.DATA, Kind.SAME)
         files = {
             RECORD_NAME: Content(record.to_json()),
             MAP_NAME: Content(block_map.to_bytes()),

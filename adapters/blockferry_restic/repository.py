@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
-from blockferry.blockmap import BlockMap, Kind
-from blockferry.errors import DamagedSnapshotError, RepositoryError
+from blockferry.blockmap import BlockMap
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError, RepositoryError
 from blockferry.fuse import mounted
 from blockferry.layers import Layer
-from blockferry.repository import Advance
+from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_restic.archive import Archive, LocalArchive, RemoteArchive
 from blockferry_restic.command import Restic, Running
@@ -57,22 +57,28 @@ class ResticRepository:
         return unit_for(size)
 
     def store(
-        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+        self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Have restic back up the tree of the image's segments. `advance` is called about once a second, from here.
+
+        restic takes segments over from one base at most: its parent snapshot.
 
         Its counts add up to the bytes of the segments that hold any data. Whatever ends this early, be it an error of
         the source or of restic, or an exception such as KeyboardInterrupt: restic ends first, and a snapshot that it
         made all the same is removed.
         """
         stamp = new_stamp()
-        stamps = self._base_stamps(base, block_map, record.unit) if base else None
-        segments = Segments.plan(block_map, record.unit, stamp, stamps)
+        planned = plan(block_map, record, bases)
+        base = bases[0].snapshot if bases else None
+        stamps = self._base_stamps(base, planned, record.unit) if base else None
+        segments = Segments.plan(planned, record.unit, stamp, stamps)
         tree = SegmentTree(source, segments, record=record.to_json(), block_map=block_map.to_bytes(), stamp=stamp)
         # Without a base nothing is to be skipped, whatever restic finds.
         parent = ["--parent", base.archive] if base else ["--force"]
         tags = [word for tag in _tags(record, len(tree)) for word in ("--tag", tag)]
         options = ["--json", "--no-scan", "--host", record.host]
+        if record.state_of:
+            options += ["--time", _local(record.created)]  # retention goes by the age of the state
         if "RESTIC_READ_CONCURRENCY" not in os.environ:
             options += ["--read-concurrency", _SEGMENTS_AT_ONCE]
         with (
@@ -82,24 +88,15 @@ class ResticRepository:
             tree.on_failure = running.interrupt
             summary = self._follow(running, tree, advance)
         log.debug("restic: %s", summary)
-        snapshot = Snapshot(
-            id=record.snapshot,
-            archive=summary["snapshot_id"],
-            volume=record.volume,
-            created=_utc(summary["backup_start"]),
-            size=record.size,
-            tier=record.tier.value,
-            base=record.base,
-        )
-        return Stored(snapshot, int(summary["data_added_packed"]))
+        return Stored(Snapshot.of(record, summary["snapshot_id"]), int(summary["data_added_packed"]))
 
     def snapshots(self) -> list[Snapshot]:
         """Return every complete snapshot with our tags, oldest first."""
         entries: list[dict[str, Any]] = []
         for listing in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
             entries += listing or []
-        entries.sort(key=lambda entry: _moment(entry["time"]))
-        return [snapshot for snapshot in map(_snapshot, entries) if snapshot]
+        found = [snapshot for snapshot in map(_snapshot, entries) if snapshot]
+        return sorted(found, key=lambda snapshot: snapshot.created)
 
     def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
         """Return the record and the block map of a snapshot."""
@@ -109,9 +106,10 @@ class ResticRepository:
         """Return the image of a snapshot whose segments are all there."""
         archive = self._archive(snapshot)
         record, block_map = self._describe(archive, snapshot)
-        complete = functools.partial(check_complete, block_map, record.unit, where=self._name(snapshot))
+        stored = BlockMap.build(record.size, data=block_map.extents(*record.stored_kinds))
+        complete = functools.partial(check_complete, stored, record.unit, where=self._name(snapshot))
         image = archive.image(record.size, record.unit, complete)
-        return ReadAheadLayer(image, block_map.extents(Kind.DATA, Kind.SAME))
+        return ReadAheadLayer(image, block_map.extents(*record.stored_kinds))
 
     def delete(self, snapshots: Sequence[Snapshot]) -> None:
         """Have restic forget snapshots; `restic prune` frees the space."""
@@ -192,7 +190,7 @@ class ResticRepository:
         archive = self._archive(base)
         record, _map = self._describe(archive, base)
         if (record.size, record.unit) != (block_map.size, unit):
-            raise RepositoryError(
+            raise BaseUnusableError(
                 f"{self._name(base)}: has {record.size} bytes in segments of {record.unit}, the volume now"
                 f" {block_map.size} in segments of {unit}",
                 remedy="Make a full backup.",
@@ -214,6 +212,9 @@ def _tags(record: Record, files: int) -> Iterator[str]:
         "size": str(record.size),
         "files": str(files),
         "base": record.base,
+        "part": "1" if record.part else "",
+        "state": record.state_of,
+        "created": record.created,
     }
     for name, value in values.items():
         if value:
@@ -233,21 +234,18 @@ def _snapshot(entry: dict[str, Any]) -> Snapshot | None:
             id=values["snapshot"],
             archive=entry["id"],
             volume=values["volume"],
-            created=_utc(entry["time"]),
+            created=values["created"],
             size=int(values["size"]),
             tier=values["tier"],
             base=values.get("base"),
+            part=values.get("part") == "1",
+            state_of=values.get("state"),
         )
     except (KeyError, ValueError) as error:
         log.warning("restic snapshot %s is left out: %s", str(entry.get("short_id")), error)
         return None
 
 
-def _moment(time: str) -> datetime.datetime:
-    """Return restic's time: RFC 3339 with up to nine digits of a second, of which six count."""
-    return datetime.datetime.fromisoformat(time)
-
-
-def _utc(time: str) -> str:
-    """Return restic's time in UTC, to the second, as records carry it."""
-    return _moment(time).astimezone(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _local(created: str) -> str:
+    """Return a record's time as `restic backup --time` takes it: in the time zone of this host."""
+    return datetime.datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockferry.blockmap import BlockMap, Kind
-from blockferry.errors import DamagedSnapshotError
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError
 from blockferry.extents import Offsets
 
 STAMPS_NAME = "blockferry.stamps"
@@ -127,7 +127,7 @@ class Segments:
     def plan(cls, block_map: BlockMap, unit: int, stamp: int, base_stamps: Stamps | None) -> Segments:
         """Return the segments of a new snapshot: data gets `stamp`, same gets what the base has.
 
-        Raise DamagedSnapshotError if the base does not have a segment that the map says is the same.
+        Raise BaseUnusableError if the base does not have a segment that the map says is the same.
         """
         kinds = segment_kinds(block_map, unit)
         stamps = np.where(kinds == Kind.DATA, np.int64(stamp), np.int64(0))
@@ -136,7 +136,7 @@ class Segments:
             stamps[same] = base_stamps[same] if base_stamps is not None else 0
             missing = np.flatnonzero(same & (stamps == 0))
             if missing.size:
-                raise DamagedSnapshotError(
+                raise BaseUnusableError(
                     f"the base has nothing at {int(missing[0]) * unit} and {missing.size - 1} more places"
                     " that are said to be the same",
                     remedy="Make a full backup.",

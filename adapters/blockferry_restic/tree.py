@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from blockferry.blockmap import Kind
-from blockferry.errors import DamagedSnapshotError
+from blockferry.errors import BaseUnusableError
 from blockferry.fuse_tree import Node
 from blockferry.layers import Layer
 from blockferry.snapshot import MAP_NAME, RECORD_NAME
@@ -107,7 +107,7 @@ class SegmentTree:
         if self.failure is not None:
             raise self.failure
         if self.segments.kinds[number] != Kind.DATA:
-            raise DamagedSnapshotError(
+            raise BaseUnusableError(
                 f"restic no longer has the segment at {number * self.segments.unit} of the base",
                 remedy="Make a full backup, and run `restic check`.",
             )

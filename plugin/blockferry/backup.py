@@ -1,26 +1,38 @@
-"""The write road: volume -> freeze -> used blocks -> block map -> repository."""
+"""The write road: volume -> freeze -> used and changed blocks -> block map -> repository."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pluggy
 
 from blockferry.blockmap import BlockMap, Kind
-from blockferry.extents import ExtentSet
+from blockferry.checkpoints import Begun, Checkpoints
+from blockferry.difference import Choice, Difference, compare_sample, distrusted, find_difference, reusable
+from blockferry.errors import BaseUnusableError
 from blockferry.freeze import hold_still
-from blockferry.hookspecs import FreezeOptions, Frozen
+from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
 from blockferry.ladder import used_blocks
-from blockferry.layers import BaseLayer, CutLayer, Layer
+from blockferry.layers import BaseLayer, CutLayer, FileLayer, Layer
 from blockferry.progress import Progress
-from blockferry.repository import Repository
-from blockferry.snapshot import Record, Snapshot, Tier, new_snapshot_id, now
+from blockferry.repository import Base, Repository, plan
+from blockferry.snapshot import (
+    Record,
+    Snapshot,
+    Stability,
+    Stored,
+    Tier,
+    new_snapshot_id,
+    now,
+    zeros_are_content,
+)
 from blockferry.state import exclusive
 from blockferry.volume import Volume
 
@@ -34,6 +46,8 @@ class Result:
     snapshot: Snapshot
     record: Record
     bytes_read: int
+    bytes_compared: int
+    """How much of what was said not to have changed was compared with the earlier snapshot."""
     bytes_stored: int
     seconds: float
 
@@ -47,14 +61,30 @@ class Result:
             "tier": self.record.tier.value,
             "tier_reason": self.record.tier_reason,
             "method": self.record.method,
+            "tracker": self.record.tracker,
+            "base": self.record.base,
+            "part": self.record.part,
             "stability": self.record.stability.value,
             "bytes_volume": self.record.size,
             "bytes_used": self.record.bytes_used,
             "bytes_changed": self.record.bytes_changed,
             "bytes_read": self.bytes_read,
+            "bytes_compared": self.bytes_compared,
             "bytes_stored": self.bytes_stored,
             "seconds": round(self.seconds, 3),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be stored: which step of the ladder that is, and why it is not a better one."""
+
+    tier: Tier
+    reason: str
+    block_map: BlockMap
+    bases: Sequence[Base] = ()
+    difference: Difference | None = None
+    part: bool = False
 
 
 def back_up(
@@ -63,29 +93,106 @@ def back_up(
     repository: Repository,
     *,
     freeze: FreezeOptions,
+    choice: Choice,
     progress: Progress,
 ) -> Result:
-    """Store the blocks in use of a volume as one snapshot. All or nothing.
+    """Store a volume as one snapshot: the blocks in use, as far as they changed. All or nothing.
 
-    Raise UnstableVolumeError if nothing holds the volume still, NotNowError if another backup of it runs, and
-    whatever the repository raises.
+    Raise UnstableVolumeError if nothing holds the volume still, NotNowError if another backup of it runs, TrackerError
+    if a tracker is caught lying, and whatever the repository raises.
     """
     began = time.monotonic()
-    with exclusive(volume), hold_still(manager, volume, freeze) as frozen:
+    checkpoints = Checkpoints(manager)
+    snapshot, created = new_snapshot_id(), now()
+    with (
+        exclusive(volume),
+        # Before the freeze: what is written between the two counts as changed at the next backup.
+        checkpoints.begun(volume, snapshot, created, repository) as begun,
+        hold_still(manager, volume, freeze) as frozen,
+    ):
         log.info("%s: %s by %s", volume.path, frozen.stability.value, frozen.method)
         used, tier, reason = used_blocks(manager, frozen.volume)
         log.info("%s: %d bytes in use, says %s", volume.path, used.extents.total, used.method)
-        record = _describe(volume, frozen, tier, reason, used.method, used.extents, repository)
-        block_map = BlockMap.build(frozen.volume.size, data=used.extents)
+        difference, why = find_difference(manager, checkpoints, repository, volume, frozen.volume, choice)
+        log.info("%s: %s", volume.path, difference.changed.method if difference else why)
+        all_used = BlockMap.build(frozen.volume.size, data=used.extents)
+        everything = Plan(tier, _joined(why, *begun.reasons, reason), all_used)
+        record = _describe(snapshot, created, volume, frozen, used, begun, repository)
         with frozen.volume.open_data() as disk:
-            source = CheckedLayer(CutLayer(disk, used.extents), frozen.check)
-            work = block_map.on_grid(record.unit).extents(Kind.DATA).total
-            with progress.task("backup", work) as advance:
-                stored = repository.store(source, block_map, record, base=None, advance=advance)
+            run = _Run(frozen, disk, used, repository, record, progress)
+            compared = 0
+            try:
+                chosen = everything
+                if difference:
+                    chosen = _take_over(difference, used, reason, repository, part=choice.incremental)
+                    with distrusted(checkpoints, volume, difference.tracker):
+                        compared = run.compare(difference, chosen.block_map, choice.sample)
+                stored, record = run.store(chosen)
+            except BaseUnusableError as error:
+                log.warning("%s; reading every block in use", error.message)
+                stored, record = run.store(dataclasses.replace(everything, reason=_joined(error.message, reason)))
             _confirm(frozen, repository, stored.snapshot)
-            result = Result(stored.snapshot, record, disk.bytes_read, stored.bytes_stored, time.monotonic() - began)
+            read = disk.bytes_read
+    seconds = time.monotonic() - began
+    result = Result(stored.snapshot, record, read, compared, stored.bytes_stored, seconds)
     manager.hook.blockferry_snapshot_stored(snapshot=stored.snapshot, record=record, statistics=result.as_json())
     return result
+
+
+def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository: Repository, *, part: bool) -> Plan:
+    """Return what to store of what changed: a part, or a whole image that takes the rest over from earlier ones.
+
+    Raise BaseUnusableError if the repository cannot do that.
+    """
+    block_map = difference.block_map(used.extents, zeros_are_content=zeros_are_content(used.method))
+    bases: list[Base] = []
+    if not part and block_map.extents(Kind.SAME):
+        block_map, bases = reusable(difference.chain, block_map, used.extents, repository)
+        if not bases:
+            raise BaseUnusableError("nothing can be taken over from an earlier snapshot in this repository")
+    return Plan(Tier.CHANGED, _joined(difference.remark, reason), block_map, bases, difference, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One backup, from the moment that the volume holds still."""
+
+    frozen: Frozen
+    disk: FileLayer
+    used: UsedBlocks
+    repository: Repository
+    record: Record
+    """As far as it is known before anything is stored."""
+    progress: Progress
+
+    def compare(self, difference: Difference, block_map: BlockMap, pieces: int) -> int:
+        """Compare some of what is the same with what the repository has; return the bytes."""
+        same = block_map.extents(Kind.SAME)
+        if not same or not pieces or self.frozen.stability is Stability.LIVE:
+            return 0  # what is not held still may differ although nobody lied
+        with (
+            self.frozen.volume.open_data() as disk,
+            contextlib.closing(difference.chain.open(self.repository)) as image,
+        ):
+            return compare_sample(CheckedLayer(disk, self.frozen.check), image, same, pieces)
+
+    def store(self, chosen: Plan) -> tuple[Stored, Record]:
+        """Store what was planned, and return the record that says so."""
+        difference = chosen.difference
+        record = dataclasses.replace(
+            self.record,
+            tier=chosen.tier,
+            tier_reason=chosen.reason,
+            bytes_changed=chosen.block_map.extents(Kind.DATA).total,
+            base=difference.chain.newest.snapshot.id if difference else None,
+            part=chosen.part,
+            tracker=difference.changed.method if difference else "",
+        )
+        source = CheckedLayer(CutLayer(self.disk, self.used.extents), self.frozen.check)
+        work = plan(chosen.block_map, record, chosen.bases).extents(Kind.DATA).total
+        with self.progress.task("backup", work) as advance:
+            stored = self.repository.store(source, chosen.block_map, record, bases=chosen.bases, advance=advance)
+        return stored, record
 
 
 class CheckedLayer(BaseLayer):
@@ -113,33 +220,39 @@ def _confirm(frozen: Frozen, repository: Repository, snapshot: Snapshot) -> None
 
 
 def _describe(
+    snapshot: str,
+    created: str,
     volume: Volume,
     frozen: Frozen,
-    tier: Tier,
-    reason: str,
-    method: str,
-    used: ExtentSet,
+    used: UsedBlocks,
+    begun: Begun,
     repository: Repository,
 ) -> Record:
-    """Return the record of a snapshot that is about to be stored."""
+    """Return the record of a snapshot that is about to be stored, before it is known how."""
     still = frozen.volume
     return Record(
-        snapshot=new_snapshot_id(),
-        created=now(),
+        snapshot=snapshot,
+        created=created,
         host=socket.gethostname(),
         volume=volume.name,
         path=volume.path,
         size=still.size,
         block_size=volume.block_size,
-        filesystem=volume.filesystem,
+        filesystem=still.filesystem,
         identity=volume.identity,
-        tier=tier,
-        tier_reason=reason,
-        method=method,
+        tier=Tier.WHOLE,
+        tier_reason="",
+        method=used.method,
         stability=frozen.stability,
         freeze=frozen.method,
         unit=repository.unit(still.size),
-        bytes_used=used.total,
-        bytes_changed=used.total,
+        bytes_used=used.extents.total,
+        bytes_changed=used.extents.total,
+        checkpoints=begun.states,
         blockferry=importlib.metadata.version("blockferry"),
     )
+
+
+def _joined(*reasons: str) -> str:
+    """Return the reasons that there are, each once."""
+    return "; ".join(dict.fromkeys(filter(None, reasons)))

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,12 @@ class Catalog:
         )
         with self._named_errors(), self.connection:
             self.connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def remove(self, repository: str, snapshots: Sequence[Snapshot]) -> None:
+        """Remove snapshots; those that are not there need no removing."""
+        rows = [(repository, each.id) for each in snapshots]
+        with self._named_errors(), self.connection:
+            self.connection.executemany("DELETE FROM snapshots WHERE repository = ? AND id = ?", rows)
 
     def statistics(self, repository: str) -> dict[str, dict[str, Any]]:
         """Return, by snapshot id, the figures of the runs that stored them."""

@@ -75,5 +75,13 @@ class DamagedSnapshotError(RepositoryError):
     """The repository's content is not what its own record says."""
 
 
+class BaseUnusableError(RepositoryError):
+    """An earlier snapshot cannot be taken over from: the same bytes have to be read and stored anew."""
+
+
+class TrackerError(BlockferryError):
+    """A tracker said that blocks are unchanged which are not."""
+
+
 class VerificationError(BlockferryError):
     """Bytes that should be equal are not."""

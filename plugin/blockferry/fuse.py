@@ -218,13 +218,26 @@ def _serve(tree: Tree, point: Path) -> threading.Thread:
         ready.set()
 
     thread = threading.Thread(target=serve, name="fuse", daemon=True)
-    thread.start()
-    if not ready.wait(_PATIENCE) or ended.is_set():
+    with _same_directory():
+        thread.start()
+        answered = ready.wait(_PATIENCE)
+    if not answered or ended.is_set():
         raise BlockferryError(
             f"{point}: FUSE could not mount it ({failures[0] if failures else 'no answer'})",
             remedy="May this user mount? Try as root, or look at fusermount3's message above.",
         )
     return thread
+
+
+@contextlib.contextmanager
+def _same_directory() -> Iterator[None]:
+    """Go back to the working directory: libfuse leaves it for / before it mounts (lib/helper.c, fuse_daemonize)."""
+    before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 @contextlib.contextmanager

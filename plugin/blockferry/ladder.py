@@ -12,12 +12,8 @@ import pluggy
 
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import UsedBlocks
-from blockferry.snapshot import Tier
+from blockferry.snapshot import SPARSE, WHOLE, Tier
 from blockferry.volume import Volume
-
-WHOLE = "whole volume"
-SPARSE = "sparse file"
-"""The method that knows the holes of an image file, and nothing of what the rest of it means."""
 
 
 def used_blocks(manager: pluggy.PluginManager, volume: Volume) -> tuple[UsedBlocks, Tier, str]:

@@ -8,6 +8,7 @@ are all reads of some stack.
 from __future__ import annotations
 
 import errno
+import heapq
 import mmap
 import os
 import threading
@@ -173,6 +174,13 @@ class CutLayer(BaseLayer):
             position = start + length
         _zero(buffer[position - offset :])
 
+    def stream(self, extents: ExtentSet, batch: int) -> Iterator[tuple[int, memoryview]]:
+        """Leave it to the layer below where nothing of it is to be cut off."""
+        if extents.difference(self.extents):
+            yield from super().stream(extents, batch)
+        else:
+            yield from self.layer.stream(extents, batch)
+
     def close(self) -> None:
         """Close the layer below."""
         self.layer.close()
@@ -199,6 +207,18 @@ class Stack(BaseLayer):
                 return
         for start, length in missing:
             _zero(buffer[start - offset : start - offset + length])
+
+    def stream(self, extents: ExtentSet, batch: int) -> Iterator[tuple[int, memoryview]]:
+        """Have every layer stream, and read ahead, what it is the first to have; merge that in order."""
+        streams, missing = [], extents
+        for layer in self.layers:
+            found = missing.intersection(layer.extents)
+            if found:
+                streams.append(layer.stream(found, batch))
+                missing = missing.difference(found)
+        # What no layer has reads as zero, and the base class reads it from us.
+        streams.append(super().stream(missing, batch))
+        yield from heapq.merge(*streams, key=lambda piece: piece[0])
 
     def close(self) -> None:
         """Close every layer."""

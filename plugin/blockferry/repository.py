@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from blockferry.blockmap import BlockMap, Kind
+from blockferry.extents import ExtentSet
+
 if TYPE_CHECKING:
-    from blockferry.blockmap import BlockMap
     from blockferry.layers import Layer
     from blockferry.snapshot import Record, Snapshot, Stored
 
 Advance = Callable[[int], None]
 """Called with how many bytes of the map's data, on the repository's grid, were dealt with since the last call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An earlier snapshot, and which chunks of its image a new one takes over: whole ones, on the repository's grid."""
+
+    snapshot: Snapshot
+    extents: ExtentSet
+
+
+def plan(block_map: BlockMap, record: Record, bases: Sequence[Base]) -> BlockMap:
+    """Return the map of the chunks that an image is stored in: data is read, same comes from a base, zero is left out.
+
+    Raise ValueError if a chunk of what is to be a whole image would be left out though the map has it as the same.
+    """
+    grid = block_map.on_grid(record.unit)
+    same = grid.extents(Kind.SAME)
+    reused = same.intersection(ExtentSet.empty().union(*(base.extents for base in bases)))
+    if not record.part and reused != same:
+        raise ValueError("the bases do not have all that is the same")
+    return BlockMap.build(grid.size, data=grid.extents(Kind.DATA), same=reused)
 
 
 class Repository(Protocol):
@@ -24,18 +48,19 @@ class Repository(Protocol):
     reference: str
     """As the user wrote it, without credentials."""
     capabilities: frozenset[str]
-    """`reuse`: `same` runs cost no read. `concurrent`: several writers at once."""
+    """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once."""
 
     def unit(self, size: int) -> int:
         """Return the size, in bytes, of the chunks or segments that an image of `size` bytes is stored in."""
 
     def store(
-        self, source: Layer, block_map: BlockMap, record: Record, *, base: Snapshot | None, advance: Advance
+        self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Store an image of which `block_map` says what every byte is, with its record, as one snapshot.
 
-        Chunks with any `data` byte are read whole from `source`. `same` needs `base`. All or nothing: after an
-        error there is no snapshot, and no process, mount or lock is left.
+        `plan` says what becomes of each chunk: those with any `data` byte are read whole from `source`, others are
+        taken from `bases`. All or nothing: after an error there is no snapshot, and no process, mount or lock is
+        left. Raise BaseUnusableError if a base does not have its chunks any more.
         """
 
     def snapshots(self) -> list[Snapshot]:
@@ -47,7 +72,8 @@ class Repository(Protocol):
     def open(self, snapshot: Snapshot) -> Layer:
         """Return the image for random access. Every byte is authenticated by the repository's own means.
 
-        The layer's extents are the data and same bytes of the map; DamagedSnapshotError if the archive lacks any.
+        The layer's extents are what the image itself has, `Record.stored_kinds`; DamagedSnapshotError if the archive
+        lacks any of it. `blockferry.chain` traces a part back to what it lies on.
         """
 
     def delete(self, snapshots: Sequence[Snapshot]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pluggy
 
 from blockferry.blockmap import BlockMap, Kind
+from blockferry.chain import trace
 from blockferry.errors import VerificationError, VolumeError
 from blockferry.extents import ExtentSet
 from blockferry.layers import Layer
 from blockferry.progress import Progress
 from blockferry.repository import Repository
-from blockferry.snapshot import Record, Snapshot, Tier
+from blockferry.snapshot import Record, Snapshot
 from blockferry.target import Target, prepare
 from blockferry.volume import Volume
 
@@ -60,10 +61,11 @@ def restore(
     Raise TargetError if the target is not fit for it, DamagedSnapshotError if the repository lacks any byte.
     """
     began = time.monotonic()
-    record, block_map = repository.describe(snapshot)
+    chain = trace(repository, snapshot)
+    record, block_map = chain.newest.record, chain.newest.block_map
     wanted = block_map.extents(Kind.DATA, Kind.SAME)
     with (
-        contextlib.closing(repository.open(snapshot)) as image,
+        contextlib.closing(chain.open(repository)) as image,
         prepare(target_path, record.size, force=force, keep=delta) as target,
         progress.task("restore", wanted.total) as advance,
     ):
@@ -74,7 +76,7 @@ def restore(
                 written += len(piece)
             advance(len(piece))
         # Where a filesystem said what is in use the rest is free and may hold anything; elsewhere zeros are content.
-        target.zero(block_map.extents(Kind.ZERO), must=record.tier is Tier.WHOLE)
+        target.zero(block_map.extents(Kind.ZERO), must=record.zeros_are_content)
         target.finish()
     restored = Restored(snapshot.id, target_path, record.size, wanted.total, written, time.monotonic() - began)
     manager.hook.blockferry_restore_finished(snapshot=snapshot, target=target_path, statistics=restored.as_json())
@@ -87,10 +89,11 @@ def verify(repository: Repository, snapshot: Snapshot, against: Volume | None, p
     Return the figures that `verify --json` prints. Raise DamagedSnapshotError if a byte cannot be had or is not what
     was stored, VerificationError if the volume differs; bytes that were free at the backup are not compared.
     """
-    record, block_map = repository.describe(snapshot)
+    chain = trace(repository, snapshot)
+    record, block_map = chain.newest.record, chain.newest.block_map
     wanted = block_map.extents(Kind.DATA, Kind.SAME)
-    compared = ExtentSet.whole(record.size) if record.tier is Tier.WHOLE else wanted
-    with contextlib.closing(repository.open(snapshot)) as image:
+    compared = ExtentSet.whole(record.size) if record.zeros_are_content else wanted
+    with contextlib.closing(chain.open(repository)) as image:
         if against is None:
             with progress.task("verify", wanted.total) as advance:
                 for _offset, piece in image.stream(wanted, _BATCH):

@@ -12,12 +12,17 @@ import datetime
 import enum
 import json
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
-from blockferry.errors import DamagedSnapshotError
+from blockferry.blockmap import Kind
+from blockferry.errors import DamagedSnapshotError, SnapshotNotFoundError
 
 RECORD_NAME = "blockferry.json"
 MAP_NAME = "blockferry.map"
+WHOLE = "whole volume"
+SPARSE = "sparse file"
+"""The methods of listing blocks that know nothing of what they mean, but for the holes of an image file."""
 SCHEMA = 1
 
 
@@ -68,10 +73,28 @@ class Record:
     bytes_used: int
     bytes_changed: int
     base: str | None = None
+    """The snapshot from which on the changes were listed."""
+    part: bool = False
+    """Only what changed since the base is stored here: the rest is to be had by tracing back."""
+    tracker: str = ""
+    """Who listed the changes, if anybody did."""
     checkpoints: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By tracker: what it needs to list the changes since this snapshot."""
+    state_of: str | None = None
+    """Of a merged snapshot: the one whose state of the volume this is, and whose the checkpoints are."""
     blockferry: str = ""
     """The version that wrote it."""
     schema: int = SCHEMA
+
+    @property
+    def stored_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of runs in the block map of which the image itself has the bytes."""
+        return (Kind.DATA,) if self.part else (Kind.DATA, Kind.SAME)
+
+    @property
+    def zeros_are_content(self) -> bool:
+        """Whether zeros in the block map are what the volume held, not merely space that was free."""
+        return zeros_are_content(self.method)
 
     def to_json(self) -> bytes:
         """Return the stored form."""
@@ -97,6 +120,10 @@ class Record:
                 raise ValueError("a size is not a number of bytes")
             if not all(isinstance(text, str) for text in (record.snapshot, record.volume, record.path, record.created)):
                 raise ValueError("a name is not a text")
+            if not isinstance(record.base, str | None) or (record.part and not record.base):
+                raise ValueError("a part has no base")
+            if not isinstance(record.checkpoints, dict) or not isinstance(record.identity, dict):
+                raise ValueError("an identity or a checkpoint is not what it should be")
             return record
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise DamagedSnapshotError(
@@ -117,11 +144,23 @@ class Snapshot:
     size: int
     tier: str
     base: str | None = None
+    part: bool = False
+    state_of: str | None = None
 
     @classmethod
     def of(cls, record: Record, archive: str) -> Snapshot:
         """Return the snapshot that a record describes, stored under that name."""
-        return cls(record.snapshot, archive, record.volume, record.created, record.size, record.tier.value, record.base)
+        return cls(
+            id=record.snapshot,
+            archive=archive,
+            volume=record.volume,
+            created=record.created,
+            size=record.size,
+            tier=record.tier.value,
+            base=record.base,
+            part=record.part,
+            state_of=record.state_of,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +171,37 @@ class Stored:
     bytes_stored: int
 
 
+def zeros_are_content(method: str) -> bool:
+    """Tell whether who lists the blocks in use knows nothing of free space: then what is not listed is zero."""
+    return method in (WHOLE, SPARSE)
+
+
+def find(snapshots: Sequence[Snapshot], name: str) -> Snapshot:
+    """Return the snapshot of that id, of which it is a unique prefix, or the newest for `latest`.
+
+    Raise SnapshotNotFoundError if there is none, or more than one.
+    """
+    if not snapshots:
+        raise SnapshotNotFoundError(
+            "the repository holds no snapshot of blockferry's", remedy="Make one: blockferry backup VOLUME --repo REF"
+        )
+    if name == "latest":
+        # A merged snapshot is as old as the one whose state it is.
+        return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.state_of is not None))
+    matching = [each for each in snapshots if name and each.id.startswith(name)]
+    if len(matching) == 1:
+        return matching[0]
+    remedy = "`blockferry snapshots` lists what there is."
+    if matching:
+        raise SnapshotNotFoundError(f"{name}: {len(matching)} snapshots begin with it", remedy=remedy)
+    raise SnapshotNotFoundError(f"{name}: no such snapshot", remedy=remedy)
+
+
 def new_snapshot_id() -> str:
     """Return an id for a new snapshot: 12 hexadecimal digits that no other has."""
     return secrets.token_hex(6)
 
 
 def now() -> str:
-    """Return the time in UTC, to the second, as records carry it."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    """Return the time in UTC, to the microsecond, as records carry it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -14,6 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from blockferry.errors import BlockferryError, NotNowError
+from blockferry.qemu.name import DiskName
 from blockferry.volume import Volume
 
 
@@ -40,9 +41,11 @@ def state_directory() -> Path:
 def exclusive(volume: Volume) -> Iterator[None]:
     """Hold the lock of a volume; raise NotNowError if another backup of it runs on this host.
 
-    The lock is on the device or inode, not on the path, and the kernel lets go of it when the process dies.
+    The lock is on the device or inode, not on the path, and the kernel lets go of it when the process dies. A running
+    machine has one for all of its disks.
     """
-    facts = os.stat(volume.path)
+    machine = DiskName.parse(volume.path)
+    facts = os.stat(machine.socket if machine else volume.path)
     key = f"device-{facts.st_rdev}" if volume.is_device else f"file-{facts.st_dev}-{facts.st_ino}"
     directory = state_directory() / "locks"
     directory.mkdir(mode=0o700, exist_ok=True)

@@ -89,7 +89,7 @@ class Volume:
             facts = probe(given)
             device = os.fstat(opened.number).st_rdev if stat.S_ISBLK(mode) else None
         return cls(
-            path=given,
+            path=os.path.abspath(given),  # noqa: PTH100  # not resolved: what the user says stays recognizable
             name=name or default_name(given),
             size=size,
             block_size=block_size,
@@ -303,6 +303,11 @@ class _Descriptor:
     """A path opened for reading; VolumeError, with what to do, if it cannot be."""
 
     def __init__(self, path: str) -> None:
+        if DiskName.parse(path):
+            raise VolumeError(
+                f"{path}: a running machine's disk can be read only while it is held still",
+                remedy="`blockferry backup` does that; or name an image or device that no machine uses.",
+            )
         try:
             # Without O_NONBLOCK a FIFO would wait for its writer, for ever.
             self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -70,7 +70,7 @@ def test_an_image_comes_back_as_it_was(place, open_repository):
     assert isinstance(repository, MappedRepository if isinstance(place, SecondPlace) else StandaloneRepository)
     volume, block_map = Volume(content(SIZE)), BlockMap.build(SIZE, data=USED)
     record, seen = record_of(SIZE), []
-    stored = repository.store(volume, block_map, record, base=None, advance=seen.append)
+    stored = repository.store(volume, block_map, record, bases=[], advance=seen.append)
 
     assert repository.snapshots() == [stored.snapshot]
     assert repository.describe(stored.snapshot) == (record, block_map)

@@ -16,6 +16,7 @@ import pytest
 from blockferry.blockmap import BlockMap
 from blockferry.errors import BlockferryError
 from blockferry.extents import ExtentSet
+from blockferry_borg.client import BATCH
 from borg_support import MIB, Volume, content, newest, store
 
 SIZE = 60 * MIB
@@ -77,15 +78,17 @@ def test_a_worker_killed_at_any_point_leaves_no_snapshot(place, open_repository)
 
         volume = WatchedVolume(content(SIZE, seed), at=drawn.randrange(SIZE), act=kill)
         try:
-            stored = store(repository, volume, WHOLE)
+            store(repository, volume, WHOLE)
         except BlockferryError as error:
             assert "status -9" in str(error)
-            assert repository.snapshots() == []
         else:  # it was faster than the timer
             wait_until(lambda: not workers())
             repository.close()
-            assert repository.snapshots() == [stored.snapshot]
-            repository.delete([stored.snapshot])
+            assert len(repository.snapshots()) == 1
+        # Killed between its commit and its word, it has left a snapshot that is whole.
+        for snapshot in repository.snapshots():
+            assert place.extract(snapshot.archive) == content(SIZE, seed).tobytes()
+            repository.delete([snapshot])
     stored = store(repository, Volume(content(SIZE, 99)), WHOLE)
     assert place.archives() == [stored.snapshot.archive]
     assert place.extract(stored.snapshot.archive) == content(SIZE, 99).tobytes()
@@ -135,8 +138,11 @@ def test_when_the_parent_dies_the_worker_lets_go_and_ends(kill, place, open_repo
 @newest
 def test_a_lock_left_by_both_being_killed_is_taken_over(place, open_repository):
     with start_parent(place) as parent:
-        for process in (*workers(), parent.pid):
+        (worker,) = workers()
+        for process in (worker, parent.pid):
             os.kill(process, signal.SIGKILL)
+    # Until somebody has asked for its exit status, borg takes the owner of a lock to be alive.
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())
     assert Path(place.location, "lock.exclusive").exists()
     stored = store(open_repository(place), Volume(content(SIZE)), WHOLE)
     assert place.archives() == [stored.snapshot.archive]
@@ -163,6 +169,10 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
         (worker,) = workers()
         os.kill(worker, signal.SIGKILL)
 
+    def indexes() -> list[str]:
+        """Every commit writes a new index under a name of its own (borg, Internals: Repository)."""
+        return sorted(path.name for path in Path(place.location).glob("index.*"))
+
     def checkpoints() -> list[str]:
         listed = place.run("list", "--consider-checkpoints", "--short", place.location)
         return [name for name in listed.stdout.decode().split() if ".checkpoint" in name]
@@ -172,7 +182,13 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
             super().read_into(offset, buffer)
             time.sleep(0.4)
 
-    volume = Unhurried(content(SIZE), at=50 * MIB, act=kill)
+    def kill_once_committed() -> None:
+        wait_until(lambda: indexes() != before)
+        kill()
+
+    # The worker has taken some of what was read by then, late enough for a checkpoint to be due.
+    before = indexes()
+    volume = Unhurried(content(SIZE), at=50 * MIB, act=kill_once_committed)
     with pytest.raises(BlockferryError):
         store(repository, volume, WHOLE)
     assert repository.snapshots() == []
@@ -180,7 +196,8 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
     place.run("list", "--consider-checkpoints", f"{place.location}::{checkpoints()[0]}")
 
     stored = store(repository, Volume(content(SIZE)), WHOLE)
-    assert stored.bytes_stored < 0.8 * 0.5 * SIZE  # half of it compresses to nothing
+    # Half of it compresses to nothing; a checkpoint has at least what one request brought.
+    assert stored.bytes_stored < 0.5 * (SIZE - BATCH) + MIB
     assert repository.snapshots() == [stored.snapshot]
     assert checkpoints() == []
     assert place.extract(stored.snapshot.archive) == content(SIZE).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import json
 import shutil
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from blockferry.blockmap import BlockMap, Kind
+from blockferry.errors import BaseUnusableError
 from blockferry.extents import ExtentSet
+from blockferry.repository import Base
 from blockferry_borg.plugin import blockferry_open_repository
 from borg_support import MIB, Volume, content, expected, newest, read_all, record_of, store, used
 
@@ -33,7 +36,7 @@ def test_an_image_comes_back_as_it_was(encryption, make_repository, open_reposit
     volume, block_map = Volume(content(SIZE)), first_map()
     record = record_of(SIZE)
     seen = []
-    stored = repository.store(volume, block_map, record, base=None, advance=seen.append)
+    stored = repository.store(volume, block_map, record, bases=[], advance=seen.append)
     image = expected(volume.content, block_map.on_grid(MIB).extents(Kind.DATA))
 
     assert repository.snapshots() == [stored.snapshot]
@@ -143,7 +146,7 @@ def test_a_volume_that_grew_keeps_its_base(place, open_repository):
 
 @newest
 @pytest.mark.parametrize("cause", ["gone", "another chunk size", "shorter", "recreated"])
-def test_a_base_that_cannot_be_used_is_read_from_the_source_instead(cause, place, open_repository):
+def test_a_base_that_cannot_be_used_is_refused_before_anything_is_kept(cause, place, open_repository):
     repository = open_repository(place)
     volume = Volume(content(4 * MIB))
     whole = BlockMap.build(volume.size, data=volume.extents)
@@ -157,12 +160,40 @@ def test_a_base_that_cannot_be_used_is_read_from_the_source_instead(cause, place
     if cause == "recreated":
         name = f"{place.location}::{base.archive}"
         place.run("recreate", "--chunker-params", "10,16,12,4095", "--recompress", "if-different", name)
-    volume.bytes_read = 0
     same = BlockMap.build(volume.size, data=ExtentSet.empty(), same=volume.extents)
-    stored = store(repository, volume, same, base=base)
-    assert volume.bytes_read == volume.size
+    before = place.archives()
+    with pytest.raises(BaseUnusableError, match="the base"):
+        store(repository, volume, same, base=base)
+    assert place.archives() == before
+    stored = store(repository, volume, whole)
     assert place.extract(stored.snapshot.archive) == volume.content.tobytes()
     place.check()
+
+
+@newest
+def test_chunks_come_from_several_bases(place, open_repository):
+    """What a part holds is taken from it, the rest from what it lies on: no byte is read."""
+    repository = open_repository(place)
+    volume = Volume(content(6 * MIB))
+    full = store(repository, volume, BlockMap.build(volume.size, data=volume.extents)).snapshot
+    volume.content[MIB : 2 * MIB] = content(MIB, seed=4)
+    volume.content[4 * MIB : 6 * MIB] = content(2 * MIB, seed=5)
+    changed = used((1, 1), (4, 2), size=volume.size)
+    record = dataclasses.replace(record_of(volume.size, base=full), part=True)
+    increment = BlockMap.build(volume.size, data=changed, same=volume.extents)
+    part = repository.store(volume, increment, record, bases=[], advance=lambda _count: None).snapshot
+    assert repository.open(part).extents == changed
+    volume.bytes_read = 0
+    bases = [Base(part, changed), Base(full, changed.complement(volume.size))]
+    same = BlockMap.build(volume.size, data=ExtentSet.empty(), same=volume.extents)
+    record = record_of(volume.size)
+    stored = repository.store(volume, same, record, bases=bases, advance=lambda _count: None)
+    assert volume.bytes_read == 0
+    repository.delete([part, full])
+    assert place.extract(stored.snapshot.archive) == volume.content.tobytes()
+    place.check()
+    with pytest.raises(ValueError, match="do not have all"):
+        repository.store(volume, same, record_of(volume.size), bases=bases[:1], advance=lambda _count: None)
 
 
 def test_archives_of_others_are_left_alone(place, open_repository, tmp_path):

@@ -15,12 +15,15 @@ from commands_support import Depot, blockferry, command, run
 ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_KILLS", "4"))
 
 
-def children(pid: int) -> list[int]:
-    """Return a process and all that descend from it."""
-    found, seen = [pid], 0
+def stop(running: subprocess.Popen) -> list[int]:
+    """Stop a process, so that it starts no other; return it and all that descend from it, ended or not."""
+    kill(running.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    found, seen = [running.pid], 0
     while seen < len(found):
-        for task in Path(f"/proc/{found[seen]}/task").glob("*/children"):
-            found += [int(each) for each in task.read_text().split()]
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            for task in Path(f"/proc/{found[seen]}/task").iterdir():
+                found += [int(each) for each in (task / "children").read_text().split()]
         seen += 1
     return found
 
@@ -55,7 +58,7 @@ def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim
             text=True,
         )
         time.sleep(chance.uniform(0.1, usual))
-        family = children(running.pid)
+        family = stop(running)
         if victim == "tool":
             marked = [each for each in family[1:] if "worker" in name(each) or "restic backup" in name(each)]
             for each in marked:
@@ -63,6 +66,7 @@ def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim
         else:
             sent = {"blockferry": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[victim]
             kill(running.pid, sent)
+        kill(running.pid, signal.SIGCONT)
         out, err = running.communicate(timeout=60)
         assert "Traceback" not in err, err
         wait_until_gone(family)
@@ -88,9 +92,12 @@ def kill(pid: int, number: int) -> None:
 
 
 def wait_until_gone(family: list[int]) -> None:
-    """Every process that belonged to the backup ends soon, whoever was killed."""
+    """Every process that belonged to the backup ends soon, whoever was killed.
+
+    Until somebody has asked for its exit status, restic and borg take the owner of a lock to be alive.
+    """
     deadline = time.monotonic() + 20
-    while alive := [each for each in family if name(each)]:
+    while alive := [each for each in family if Path(f"/proc/{each}").exists()]:
         assert time.monotonic() < deadline, [name(each) for each in alive]
         time.sleep(0.05)
 
@@ -108,8 +115,9 @@ def test_a_killed_restore_leaves_no_target_that_looks_complete(depot: Depot, tmp
             stderr=subprocess.DEVNULL,
         )
         time.sleep(chance.uniform(0.2, 0.9))
-        family = children(running.pid)
+        family = stop(running)
         running.send_signal(number)
+        running.send_signal(signal.SIGCONT)
         running.wait()
         wait_until_gone(family)
         if target.exists():

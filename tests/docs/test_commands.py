@@ -52,9 +52,24 @@ def test_the_page_shows_the_help_of_every_command() -> None:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What the commands print as JSON, by command, for one backup of a small volume and its restore."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a directory on a filesystem that shares blocks between files."""
     place = tmp_path_factory.mktemp("commands")
+    host, point = place / "host.img", place / "host"
+    with host.open("wb") as file:
+        file.truncate(2 << 30)
+    point.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(host)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(host), str(point)], check=True)
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", str(point)], check=True)
+
+
+@pytest.fixture(scope="module")
+def printed(place: Path) -> dict[str, dict[str, object]]:
+    """What the commands print as JSON, by command, for two backups of a small volume and its restore."""
     image, repository, copy = place / "volume.img", f"borg:{place}/repository", place / "restored.img"
     with image.open("wb") as file:
         file.truncate(32 << 20)
@@ -67,10 +82,14 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
             for words in (
                 ("used", image),
                 ("backup", image, "--repo", repository),
+                ("changed", image, "--repo", repository),
+                ("backup", image, "--repo", repository, "--incremental"),
+                ("merge", "latest", "--repo", repository),
                 ("snapshots", "--repo", repository),
                 ("show", "latest", "--repo", repository),
                 ("restore", "latest", copy, "--repo", repository),
                 ("verify", "latest", "--repo", repository, "--against", copy),
+                ("delete", "latest", "--repo", repository),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
             )
@@ -82,6 +101,7 @@ def blockferry(*words: str | Path) -> dict[str, object]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
+@pytest.mark.root
 def test_the_page_names_the_fields_of_every_json_result(printed: dict[str, dict[str, object]]) -> None:
     rows = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
     assert rows.keys() == printed.keys()

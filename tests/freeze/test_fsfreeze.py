@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from blockferry.errors import UnstableVolumeError, VolumeError
+from blockferry.freeze import suspension
 from blockferry.freeze.watchdog import FIFREEZE, FITHAW
 from blockferry.hookspecs import FreezeOptions
 from blockferry.snapshot import Stability
@@ -167,6 +169,22 @@ def test_when_the_time_is_over_writers_go_on_and_the_backup_fails(ext4: tuple[st
         with pytest.raises(VolumeError, match=r"0\.5 s for which it may be frozen were over") as raised:
             frozen.check()
         assert "--fsfreeze" in raised.value.remedy
+
+
+def test_threads_that_check_at_once_do_not_take_each_others_answers(
+    ext4: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _place = ext4
+    monkeypatch.setattr(suspension, "_ASK_SECONDS", 0.0)  # every check is one that asks
+
+    with hold(device, FreezeOptions(fsfreeze_seconds=20)) as frozen, ThreadPoolExecutor(8) as readers:
+
+        def check_often() -> None:
+            for _ in range(50):
+                frozen.check()
+
+        for reader in [readers.submit(check_often) for _ in range(8)]:
+            reader.result()
 
 
 def test_somebody_else_thawing_fails_the_backup(ext4: tuple[str, Path]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.errors import DamagedSnapshotError, RepositoryError
+from blockferry.errors import BaseUnusableError
 from blockferry.extents import ExtentSet
 from blockferry_restic.format import File, RepositoryReader
 from restic_support import MIB, PASSWORD, Image, content_of, open_repository, restic, store
@@ -80,7 +80,7 @@ def test_a_base_that_lost_its_data_aborts_and_leaves_no_snapshot(
     base = store(repository, image)[0].snapshot
     pack_of_a_segment(repository_path, base.archive).unlink()
     restic(repository_path, "repair", "index")
-    with pytest.raises(DamagedSnapshotError, match="no longer has the segment") as caught:
+    with pytest.raises(BaseUnusableError, match="no longer has the segment") as caught:
         store(repository, image, base, ExtentSet.empty())
     assert "full backup" in caught.value.remedy
     assert repository.snapshots() == [base]
@@ -105,7 +105,7 @@ def test_a_base_of_another_size_is_refused(repository_path: Path, image: Image) 
     base = store(repository, image)[0].snapshot
     image.content = image.content[:-4096]
     image.used = image.used.clip(0, image.size)
-    with pytest.raises(RepositoryError, match="the volume now"):
+    with pytest.raises(BaseUnusableError, match="the volume now"):
         store(repository, image, base, ExtentSet.empty())
 
 
@@ -113,5 +113,5 @@ def test_the_same_where_the_base_has_nothing_is_refused(repository_path: Path, i
     repository = open_repository(repository_path)
     base = store(repository, image)[0].snapshot
     image.used = image.used.union(ExtentSet.from_pairs([(5 * MIB, 4096)]))
-    with pytest.raises(DamagedSnapshotError, match=f"the base has nothing at {UNIT}"):
+    with pytest.raises(BaseUnusableError, match=f"the base has nothing at {UNIT}"):
         store(repository, image, base, ExtentSet.empty())

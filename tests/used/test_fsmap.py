@@ -26,7 +26,7 @@ VARIANTS = {
     "xfs": ("mkfs.xfs", 96, ""),
     "xfs, reverse mapping": ("mkfs.xfs", 96, "-m rmapbt=1"),
     "xfs, 1 KiB blocks": ("mkfs.xfs", 96, "-b size=1024"),
-    "xfs, 64 KiB blocks": ("mkfs.xfs", 400, "-b size=65536"),
+    "xfs, 64 KiB blocks": ("mkfs.xfs", 520, "-b size=65536"),
 }
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 VARIANTS = {
     "default": (96, ""),
     "1 KiB blocks": (96, "-b size=1024"),
-    "64 KiB blocks": (400, "-b size=65536"),
+    "64 KiB blocks": (520, "-b size=65536"),
     "16 KiB blocks, 64 KiB directories": (320, "-b size=16384 -n size=65536"),
     "4 KiB sectors": (96, "-s size=4096"),
     "32 KiB sectors": (400, "-b size=32768 -s size=32768"),
@@ -268,25 +268,31 @@ def log_head(device: str) -> tuple[int, int]:
     return int(cycle), int(block)
 
 
-def move_log(place: Path, device: str, cycle: int, block: int) -> None:
-    """Log attributes, some nine blocks each, until the log's head has come to a place, or a little beyond."""
+def log_size(image: Path) -> int:
+    """Return how many blocks of 512 bytes the log has."""
+    words = run("xfs_db", "-r", "-c", "sb 0", "-c", "p logblocks blocksize", image).split()
+    return int(words[2]) * int(words[5]) // 512
+
+
+def move_log(place: Path, device: str, size: int, cycle: int, block: int) -> None:
+    """Log attributes, nine blocks each or some more, until the log's head has come to a place, or a little beyond."""
     files = [place / f"r{number}" for number in range(100)]
     for file in files:
         file.touch()
     while log_head(device) < (cycle, block):
-        blocks_left = (cycle - log_head(device)[0]) * 16384 + block - log_head(device)[1]
-        for file in files[: max(1, min(100, blocks_left // 12))]:
+        blocks_left = (cycle - log_head(device)[0]) * size + block - log_head(device)[1]
+        for file in files[: max(1, min(100, blocks_left // 30))]:
             os.setxattr(file, "user.x", random.randbytes(2000))
         run("sync", "-f", place)
 
 
-@pytest.mark.parametrize("options", ["-l size=2048b", "-l size=4096b,su=128k", "-l size=4096b,su=4k -b size=1024"])
+@pytest.mark.parametrize("options", ["-l size=4096b", "-l size=5120b,su=128k", "-l size=4096b,su=4k -b size=1024"])
 @pytest.mark.parametrize("ending", ["unmounted", "frozen"])
 def test_a_log_that_has_gone_round_is_read(options, ending, tmp_path, attach, mount):
     image = make(tmp_path / "disk.img", 96, options)
     device = attach(image)
     place = mount(device)
-    move_log(place, device, 3, 100)
+    move_log(place, device, log_size(image), 3, 100)
     if ending == "unmounted":
         run("umount", place)
         check_against_xfs_db(image, answer(image))
@@ -299,11 +305,11 @@ def test_a_log_that_has_gone_round_is_read(options, ending, tmp_path, attach, mo
 
 def test_a_log_whose_last_record_reaches_around_its_end_is_read(tmp_path, attach, mount):
     """Every freeze moves the head by a few blocks: here it steps over the end of the log."""
-    image = make(tmp_path / "disk.img", 64, "-l size=2048b")
+    image = make(tmp_path / "disk.img", 96, "-l size=4096b")
     device = attach(image)
     place = mount(device)
-    blocks = 2048 * 8
-    move_log(place, device, 1, blocks - 60)
+    blocks = log_size(image)
+    move_log(place, device, blocks, 1, blocks - 60)
     heads = []
     while log_head(device) < (2, 12):
         run("xfs_freeze", "-f", place)

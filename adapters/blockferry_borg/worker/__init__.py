@@ -13,11 +13,12 @@ JSON object a line, a reply to each request. Contents never go through those pip
     <- {"archives": [{"name": N, "comment": C}, ...]}               those of ours, oldest first
 
     -> {"op": "store", "archive": N, "volume": V, "comment": C, "compression": C, "checkpoint": SECONDS,
-        "unit": BYTES, "base": N or null}
+        "unit": BYTES, "bases": [N, ...]}
     <- {"ready": true}
     -> {"item": PATH, "size": BYTES}                                then its frames, for each item in turn
-    -> {"runs": [[KIND, BYTES], ...], "slot": S or null}            KIND is data, zero or same; the bytes of all data
-                                                                    runs of a frame lie in slot S, one after the other
+    -> {"runs": [[KIND, BYTES], ...], "slot": S or null}            KIND is data, zero or same, and then the number of
+                                                                    the base follows; the bytes of all data runs of a
+                                                                    frame lie in slot S, one after the other
     <- {"free": S}                                                  for every frame that has a slot
     -> {"end": true}
     <- {"stored": BYTES}

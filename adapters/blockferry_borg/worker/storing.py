@@ -78,7 +78,7 @@ class Writer:
         self.checkpoints = Checkpoints(self, request["checkpoint"])
         self.packer = msgpack.Packer()
         self.zero_ids: dict[int, bytes] = {}
-        self.base = None if request["base"] is None else self._open_base(request["base"])
+        self.bases = [self._open_base(name) for name in request["bases"]]
 
     def new_archive(self, cache: Any) -> Any:
         """Return an archive that is yet to be saved."""
@@ -126,11 +126,11 @@ class Writer:
         frame = channel.take()
         while "runs" in frame:
             data = memoryview(b"") if frame["slot"] is None else channel.slot(frame["slot"])
-            for kind, length in frame["runs"]:
+            for kind, length, *base in frame["runs"]:
                 if kind == "data":
                     entries, data = self._store_data(data[:length]), data[length:]
                 else:
-                    entries = self._store_zeros(length) if kind == "zero" else self._store_same(offset, length)
+                    entries = self._store_zeros(length) if kind == "zero" else self._store_same(offset, length, *base)
                 for packed in entries:
                     streamed.append(packed)
                 offset += length
@@ -178,12 +178,10 @@ class Writer:
             self.stats.update(entry.size * (count - 1), entry.csize * (count - 1), False)
         return entry
 
-    def _store_same(self, offset: int, length: int) -> Iterator[bytes]:
-        """Refer to the base's chunks; raise BaseUnusableError if one is not there as it should be."""
-        if self.base is None:
-            raise BaseUnusableError("was not named")
+    def _store_same(self, offset: int, length: int, number: int) -> Iterator[bytes]:
+        """Refer to a base's chunks; raise BaseUnusableError if one is not there as it should be."""
         for start in range(offset, offset + length, self.unit):
-            chunk = self.base.take(start // self.unit)
+            chunk = self.bases[number].take(start // self.unit)
             expected = min(self.unit, offset + length - start)
             if chunk.size != expected or not self.cache.seen_chunk(chunk.id, expected):
                 raise BaseUnusableError(f"lacks the chunk at {start}")
@@ -191,7 +189,7 @@ class Writer:
 
 
 class Base:
-    """The chunks of the base's image, taken by number, in order."""
+    """The chunks of a base's image, taken by number, in order."""
 
     def __init__(self, archive: Any, unit: int) -> None:
         """Raise BaseUnusableError if chunks of it were lost, or are of another size than `unit`."""

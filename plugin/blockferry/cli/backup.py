@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from blockferry.backup import Result, back_up
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import log
+from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError
 from blockferry.hookspecs import FreezeOptions
 from blockferry.volume import Volume
@@ -25,12 +26,36 @@ from blockferry.volume import Volume
     help="Freeze a mounted filesystem while it is read, for at most so long.",
 )
 @click.option("--allow-live", is_flag=True, help="Read a volume that nothing holds still; its blocks may not fit.")
+@click.option(
+    "--since",
+    metavar="SNAPSHOT",
+    default=LATEST,
+    help="List what changed since this snapshot; `latest` (the default), or `none` to read every block in use.",
+)
+@click.option("--incremental", is_flag=True, help="Store only what changed, as a part on top of that snapshot.")
+@click.option("--tracker", default="", metavar="NAME", help="Ask only this tracker what changed.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=Choice.sample,
+    show_default=True,
+    help="Compare so many pieces that did not change with the earlier snapshot.",
+)
 @json_option
 @click.pass_obj
 def backup(
-    context: Context, volume: str, reference: str | None, name: str, fsfreeze: float | None, allow_live: bool
+    context: Context,
+    volume: str,
+    reference: str | None,
+    name: str,
+    fsfreeze: float | None,
+    allow_live: bool,
+    since: str,
+    incremental: bool,
+    tracker: str,
+    sample: int,
 ) -> None:
-    """Store the blocks in use of VOLUME as one snapshot.
+    """Store VOLUME as one snapshot: the blocks in use, of which those are read that changed since an earlier one.
 
     \b
     Example:
@@ -43,6 +68,7 @@ def backup(
             found,
             repository,
             freeze=FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live),
+            choice=Choice(since=since, tracker=tracker, incremental=incremental, sample=sample),
             progress=context.output,
         )
         remember(context, repository.reference, result)
@@ -68,6 +94,9 @@ def _sentence(result: Result) -> str:
         f"snapshot {result.snapshot.id} of {record.volume}: {sizes}, in {result.seconds:.1f} s",
         f"  {record.tier.value} blocks by {record.method}; {record.stability.value} by {record.freeze}",
     ]
+    if record.tracker:
+        kind = "a part on top of" if record.part else "changes since"
+        lines.append(f"  {kind} snapshot {record.base}: {decimal(record.bytes_changed)}, by {record.tracker}")
     if record.tier_reason:
         lines.append(f"  {record.tier_reason}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
@@ -14,10 +14,9 @@ import pluggy
 
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
-from blockferry.errors import SnapshotNotFoundError, UsageError
+from blockferry.errors import UsageError
 from blockferry.manager import plugin_manager
 from blockferry.repository import Repository
-from blockferry.snapshot import Snapshot
 from blockferry.state import state_directory
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -73,26 +72,6 @@ def mask(reference: str) -> str:
     scheme, separator, rest = reference.partition("://")
     host = rest.split("/", 1)[0]
     return f"{scheme}{separator}***@{rest.split('@', 1)[1]}" if separator and "@" in host else reference
-
-
-def find(snapshots: Sequence[Snapshot], name: str) -> Snapshot:
-    """Return the snapshot of that id, of which it is a unique prefix, or the newest for `latest`.
-
-    Raise SnapshotNotFoundError if there is none, or more than one.
-    """
-    if not snapshots:
-        raise SnapshotNotFoundError(
-            "the repository holds no snapshot of blockferry's", remedy="Make one: blockferry backup VOLUME --repo REF"
-        )
-    if name == "latest":
-        return max(snapshots, key=lambda snapshot: snapshot.created)
-    matching = [each for each in snapshots if name and each.id.startswith(name)]
-    if len(matching) == 1:
-        return matching[0]
-    remedy = "`blockferry snapshots` lists what there is."
-    if matching:
-        raise SnapshotNotFoundError(f"{name}: {len(matching)} snapshots begin with it", remedy=remedy)
-    raise SnapshotNotFoundError(f"{name}: no such snapshot", remedy=remedy)
 
 
 def repository_option(function: Decorated) -> Decorated:

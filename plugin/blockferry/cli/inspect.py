@@ -1,4 +1,4 @@
-"""`blockferry used`, `snapshots` and `show`: looking, without changing anything."""
+"""`blockferry used`, `changed`, `snapshots` and `show`: looking, without changing anything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import time
 import click
 from rich.filesize import decimal
 
-from blockferry.cli.context import Context, find, json_option, repository_option
+from blockferry.chain import trace
+from blockferry.checkpoints import Checkpoints
+from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import Listing
-from blockferry.errors import BlockferryError
+from blockferry.difference import LATEST, Choice, find_difference
+from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.ladder import used_blocks
 from blockferry.restore import describe_map
+from blockferry.snapshot import find
 from blockferry.volume import Volume
 
 
@@ -79,12 +83,13 @@ def snapshots(context: Context, reference: str | None, volume: str) -> None:
             figures = {}  # an index that is lost takes its figures with it, nothing else
 
     def listing() -> Listing:
-        columns = ("snapshot", "volume", "created", "tier", "size", "stored", "archive")
+        columns = ("snapshot", "volume", "created", "tier", "on top of", "size", "stored", "archive")
         rows = []
         for each in found:
             stored = figures.get(each.id, {}).get("bytes_stored")
             grown = decimal(stored) if isinstance(stored, int) else "?"
-            rows.append((each.id, each.volume, each.created, each.tier, decimal(each.size), grown, each.archive))
+            below, size = (each.base or "") if each.part else "", decimal(each.size)
+            rows.append((each.id, each.volume, each.created[:19], each.tier, below, size, grown, each.archive))
         return Listing(columns, rows)
 
     context.output.result(
@@ -106,10 +111,16 @@ def show(context: Context, snapshot: str, reference: str | None) -> None:
       blockferry show latest --repo borg:/srv/borg
     """
     with context.repository(reference) as repository:
-        found = find(repository.snapshots(), snapshot)
+        listed = repository.snapshots()
+        found = find(listed, snapshot)
         record, block_map = repository.describe(found)
+        try:
+            chain = [link.snapshot.id for link in trace(repository, found, listed).links]
+        except DamagedSnapshotError as error:
+            chain, record = [found.id], dataclasses.replace(record, tier_reason=error.message)
     kinds = describe_map(block_map)
     data = dataclasses.asdict(record) | {"version": 1, "archive": found.archive, "bytes": kinds, "runs": len(block_map)}
+    data["chain"] = chain
 
     def listing() -> Listing:
         reason = f": {record.tier_reason}" if record.tier_reason else ""
@@ -125,8 +136,53 @@ def show(context: Context, snapshot: str, reference: str | None) -> None:
             "stability": f"{record.stability.value}, by {record.freeze}",
             "blocks": ", ".join(f"{decimal(total)} {kind}" for kind, total in kinds.items()),
             "unit": decimal(record.unit),
-            "base": record.base or "none",
+            "base": f"{record.base}, changes by {record.tracker}" if record.base else "none",
+            "lies on": ", ".join(chain[1:]) or "nothing: it is whole",
+            "trackers": ", ".join(sorted(record.checkpoints)) or "none",
         }
         return Listing(("", ""), list(facts.items()))
 
     context.output.result(data, listing)
+
+
+@click.command()
+@click.argument("volume")
+@repository_option
+@click.option("--since", metavar="SNAPSHOT", default=LATEST, help="The snapshot to start at; `latest` is the default.")
+@click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
+@click.option("--tracker", default="", metavar="NAME", help="Ask only this tracker.")
+@json_option
+@click.pass_obj
+def changed(context: Context, volume: str, reference: str | None, since: str, name: str, tracker: str) -> None:
+    """List the blocks of VOLUME that changed since a snapshot, and who says so. Exits with 1 if nobody can.
+
+    \b
+    Example:
+      blockferry changed /srv/vm.img --repo restic:/srv/restic --since latest
+    """
+    found = Volume.discover(volume, name)
+    with context.repository(reference) as repository:
+        checkpoints = Checkpoints(context.manager)
+        choice = Choice(since=since, tracker=tracker)
+        difference, reason = find_difference(context.manager, checkpoints, repository, found, found, choice)
+    if difference is None:
+        raise BlockferryError(f"{volume}: {reason}", remedy="A backup reads every block in use.")
+    extents = difference.changed.extents.clip(0, found.size)
+    data = {
+        "version": 1,
+        "volume": found.path,
+        "since": difference.chain.newest.snapshot.id,
+        "method": difference.changed.method,
+        "remark": difference.remark,
+        "changed_bytes": extents.total,
+        "extents": list(extents) if context.output.as_json else [],
+    }
+
+    def sentence() -> str:
+        first = (
+            f"{found.path}: {decimal(extents.total)} changed since snapshot {data['since']}, "
+            f"in {len(extents)} extents, by {data['method']}"
+        )
+        return f"{first}\n  {difference.remark}" if difference.remark else first
+
+    context.output.result(data, sentence)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, backup, inspect, restore
+from blockferry.cli import admin, backup, chains, inspect, restore, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -34,11 +34,15 @@ def cli(context: click.Context, as_json: bool, log_json: bool, verbose: int, qui
 
 for command in (
     inspect.used,
+    inspect.changed,
     backup.backup,
     inspect.snapshots,
     inspect.show,
     restore.restore,
     restore.verify,
+    chains.merge,
+    chains.delete,
+    track.track,
     admin.doctor,
     admin.catalog,
 ):

@@ -6,7 +6,8 @@ import click
 from rich.filesize import decimal
 
 from blockferry import restore as road
-from blockferry.cli.context import Context, find, json_option, repository_option
+from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.snapshot import find
 from blockferry.volume import Volume
 
 

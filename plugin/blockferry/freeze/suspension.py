@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,18 +40,22 @@ class Suspension:
     seconds: float
     dog: _Watchdog
     asked: float = dataclasses.field(default_factory=time.monotonic)
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Whoever has it talks with the watchdog: many threads may read a volume, and an answer is for one of them."""
 
     def check(self, *, ask: bool = False) -> None:
         """Raise VolumeError if the time is over, or if somebody else thawed a filesystem or killed the watchdog.
 
         The latter is noticed within a second, or at once with `ask`.
         """
-        if ask or time.monotonic() - self.asked > _ASK_SECONDS:
-            self.asked = time.monotonic()
-            self.dog.ask()
-        elif not self.dog.has_answer():
-            return
-        answer, where = self.dog.answer(), ", ".join(self.points)
+        with self.turn:
+            if ask or time.monotonic() - self.asked > _ASK_SECONDS:
+                self.asked = time.monotonic()
+                self.dog.ask()
+            elif not self.dog.has_answer():
+                return
+            answer = self.dog.answer()
+        where = ", ".join(self.points)
         if answer == ["expired"]:
             raise VolumeError(
                 f"{where}: the backup was not done when the {self.seconds:g} s for which it may be frozen were over",
@@ -171,12 +176,14 @@ def _written_by_us() -> Iterator[tuple[str, str]]:
 def _superblock_of(path: str) -> tuple[int, int] | None:
     """Return the filesystem that a path, or what exists of it, lies on."""
     for place in (Path(path), *Path(path).parents):
-        with contextlib.suppress(OSError):
+        try:
             descriptor = os.open(place, os.O_PATH | os.O_CLOEXEC)
-            try:
-                return _superblock(descriptor)
-            finally:
-                os.close(descriptor)
+        except OSError:
+            continue
+        try:
+            return _superblock(descriptor)
+        finally:
+            os.close(descriptor)
     return None
 
 

@@ -35,7 +35,7 @@ class Crc:
     def _table(self, steps: int) -> Registers:
         """Return what a register of 16 bits becomes over some bytes of zeros: the sum of what its halves become."""
         low = np.arange(256, dtype=np.uint32)
-        high = low << 8
+        high = low << np.uint32(8)
         for _ in range(steps):
             low, high = (self._byte[half & 0xFF] ^ (half >> 8) for half in (low, high))
         table: Registers = (high[:, None] ^ low).reshape(-1)

@@ -14,7 +14,7 @@ import os
 
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
-from blockferry.ladder import SPARSE
+from blockferry.snapshot import SPARSE
 from blockferry.volume import Volume
 
 _LEAST = 64 << 10

@@ -1,0 +1,1 @@
+"""Trackers: which bytes of a volume changed since a checkpoint; one module a way to know."""
