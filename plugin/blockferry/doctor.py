@@ -37,7 +37,16 @@ _PROGRAMS = (
     ("setpriv", "--version", "restic ending when blockferry does", "util-linux"),
     ("sfdisk", "--version", "disks and images with partitions", "fdisk / util-linux / util-linux"),
     ("fusermount3", "--version", "feeding restic", "fuse3"),
-    ("lvs", "--version", "freezing logical volumes", "lvm2"),
+    ("lvs", "--version", "freezing and tracking logical volumes", "lvm2"),
+    (
+        "thin_delta",
+        "--version",
+        "tracking thin volumes and dm-era",
+        "thin-provisioning-tools / device-mapper-persistent-data",
+    ),
+    ("bpftrace", "--version", "tracking any block device", "bpftrace"),
+    ("qemu-img", "--version", "disks of running virtual machines", "qemu-utils / qemu-img"),
+    ("nbdfuse", "--version", "disks of running virtual machines", "libnbd-bin / libnbd"),
 )
 
 
