@@ -47,7 +47,7 @@ class Asked:
 
     def checkpoint(self, snapshot: str = "snapshot") -> Checkpoint:
         reasons: list[str] = []
-        made = self.plugin.blockferry_checkpoint(self.volume, snapshot, reasons.append)
+        made = self.plugin.blockferry_checkpoint(self.volume, snapshot, "", reasons.append)
         assert made is not None, reasons
         assert (made.snapshot, reasons) == (snapshot, [])
         return made  # type: ignore[no-any-return]
@@ -55,7 +55,7 @@ class Asked:
     def no_checkpoint(self) -> list[str]:
         """Assert that no checkpoint can be had; return the reasons that were given."""
         reasons: list[str] = []
-        assert self.plugin.blockferry_checkpoint(self.volume, "snapshot", reasons.append) is None
+        assert self.plugin.blockferry_checkpoint(self.volume, "snapshot", "", reasons.append) is None
         return reasons
 
     def changed(self, since: Checkpoint) -> ExtentSet:

@@ -23,7 +23,9 @@ def run(*command: str) -> str:
 def begin(tracker: ModuleType, device: str, snapshot: str = "0123456789ab") -> Checkpoint:
     """Make a checkpoint of a volume, which has to work."""
     reasons: list[str] = []
-    made: Checkpoint | None = tracker.blockferry_checkpoint(Volume.discover(device), snapshot, reasons.append)
+    made: Checkpoint | None = tracker.blockferry_checkpoint(
+        Volume.discover(device), snapshot, tracker.TRACKER, reasons.append
+    )
     assert made is not None, reasons
     return made
 
@@ -31,7 +33,9 @@ def begin(tracker: ModuleType, device: str, snapshot: str = "0123456789ab") -> C
 def declines_to_begin(tracker: ModuleType, device: str) -> list[str]:
     """Return why no checkpoint can be made: nothing if the volume is not of the tracker's kind."""
     reasons: list[str] = []
-    assert tracker.blockferry_checkpoint(Volume.discover(device), "0123456789ab", reasons.append) is None
+    assert (
+        tracker.blockferry_checkpoint(Volume.discover(device), "0123456789ab", tracker.TRACKER, reasons.append) is None
+    )
     return reasons
 
 

@@ -107,7 +107,7 @@ def back_up(
     with (
         exclusive(volume),
         # Before the freeze: what is written between the two counts as changed at the next backup.
-        checkpoints.begun(volume, snapshot, created, repository) as begun,
+        checkpoints.begun(volume, snapshot, created, repository, choice.tracker) as begun,
         hold_still(manager, volume, freeze) as frozen,
     ):
         log.info("%s: %s by %s", volume.path, frozen.stability.value, frozen.method)

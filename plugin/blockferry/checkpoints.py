@@ -28,6 +28,8 @@ from blockferry.snapshot import Record
 from blockferry.state import state_directory
 from blockferry.volume import Volume
 
+NO_TRACKER = "none"
+
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +74,10 @@ class Checkpoints:
         self.directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextlib.contextmanager
-    def begun(self, volume: Volume, record_id: str, created: str, repository: Repository) -> Iterator[Begun]:
-        """Have all trackers make a checkpoint; release them if the context fails, else those that they supersede.
+    def begun(self, volume: Volume, snapshot: str, created: str, repository: Repository, named: str) -> Iterator[Begun]:
+        """Have the tracker that is named, or all, make a checkpoint.
+
+        If the context fails they are released, else those that they supersede.
 
         Whoever calls holds the volume's lock.
         """
@@ -82,7 +86,9 @@ class Checkpoints:
                 self.release(orphan)
         reasons: list[str] = []
         hook = self.manager.hook.blockferry_checkpoint
-        made: list[Checkpoint] = hook(volume=volume, snapshot=record_id, declined=reasons.append)
+        made: list[Checkpoint] = []
+        if named != NO_TRACKER:
+            made = hook(volume=volume, snapshot=snapshot, named=named, declined=reasons.append)
         kept = [
             Kept(each, volume.name, volume.path, volume.size, volume.identity, repository.reference, created)
             for each in made

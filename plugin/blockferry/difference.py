@@ -18,7 +18,7 @@ import pluggy
 
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.chain import Chain, trace
-from blockferry.checkpoints import Checkpoints, Kept
+from blockferry.checkpoints import NO_TRACKER, Checkpoints, Kept
 from blockferry.errors import DamagedSnapshotError, TrackerError, UsageError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import ChangedBlocks
@@ -81,6 +81,8 @@ def find_difference(
     """
     if choice.since == NONE:
         return None, "no earlier snapshot is to be used (--since none)"
+    if choice.tracker == NO_TRACKER:
+        return None, "no tracker is to be used (--tracker none)"
     kept = [each for each in checkpoints.of(volume) if choice.tracker in ("", each.checkpoint.tracker)]
     if choice.since == LATEST and not kept:
         return None, f"no tracker{choice.tracker and f' {choice.tracker}'} remembers an earlier snapshot of it"

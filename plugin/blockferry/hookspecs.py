@@ -98,7 +98,7 @@ def blockferry_open_repository(reference: str) -> Repository | None:
 
 
 @hookspec
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Begin to remember what is written to a volume, under a name that can be asked for later. All plugins are asked.
 
     Called before the volume is made to hold still: what is written between the two counts as changed at the next
@@ -106,6 +106,7 @@ def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> 
 
     :param volume: the volume as the user named it.
     :param snapshot: the id of the snapshot that is about to be made.
+    :param named: the only tracker that the user wants; "" for any: then one that slows the volume down does not begin.
     :param declined: called with the reason if this plugin would be the one to ask, and cannot do it.
     """
 

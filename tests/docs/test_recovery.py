@@ -185,11 +185,60 @@ def test_the_page_names_the_filesystem_afterwards(volume: Path) -> None:
     assert 'TYPE="ext4"' in run_shell(f"TARGET={volume}\n{look}", {})
 
 
+@pytest.mark.parametrize("tool", ["borg", "restic"])
+def test_parts_are_put_over_what_they_lie_on(
+    tool: str, worn_device: Path, tmp_path: Path, mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts, the second of which overwrites some of the first, once with zeros."""
+    monkeypatch.setenv("BORG_PASSPHRASE", "secret")
+    monkeypatch.setenv("RESTIC_PASSWORD", "secret")
+    repository, host = tmp_path / "repository", tmp_path / "host.img"
+    init = {"borg": ["borg", "init", "-e", "repokey-blake2"], "restic": ["restic", "init", "--quiet", "--repo"]}[tool]
+    subprocess.run([*init, str(repository)], check=True, capture_output=True)
+    with host.open("wb") as file:
+        file.truncate(400 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(host)], check=True)
+    image = mount(host) / "volume.img"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "file").write_bytes(os.urandom(30 * MIB))
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(files), str(image)], check=True)
+    archives = []
+    for changed in [], [(3 * MIB, os.urandom(9 * MIB))], [(5 * MIB, os.urandom(100)), (9 * MIB, bytes(2 * MIB))]:
+        mounted = mount(image, "loop")
+        with (mounted / "file").open("r+b") as file:
+            for offset, content in changed:
+                file.seek(offset)
+                file.write(content)
+        subprocess.run(["umount", str(mounted)], check=True)
+        done = blockferry("backup", str(image), "--incremental", "--repo", f"{tool}:{repository}")
+        assert done["part"] == bool(changed)
+        archives.append(done["archive"])
+    of_borg = blocks("From borg")[0] + blocks("From borg")[2]
+    of_restic = "".join(blocks("From restic"))
+    whole = {"borg": of_borg, "restic": of_restic}[tool]
+    from_restic, from_borg = blocks("A part")
+    apply = {"borg": from_borg, "restic": from_restic}[tool]
+    names = {"borg": "the-name-of-the-archive", "restic": "SNAPSHOT=latest"}
+    first = {"borg": archives[0], "restic": f"SNAPSHOT={archives[0]}"}[tool]
+    places = {f"/srv/backup/{tool}": repository, names[tool]: first, "/dev/sdX": worn_device}
+    scratch = tmp_path / "scratch"
+    run_shell(whole, places | ({"/var/tmp/volume": scratch} if tool == "restic" else {}))
+    variable = {"borg": "BORG_REPO", "restic": "RESTIC_REPOSITORY"}[tool]
+    for part in archives[1:]:
+        run_shell(f"export {variable}={repository}\nPART={part}\nTARGET={worn_device}\nSCRATCH={scratch}\n{apply}", {})
+    assert_restored(worn_device, image)
+
+
 def test_every_command_on_the_page_is_run_here() -> None:
-    assert {heading: len(blocks(heading)) for heading in ("From borg", "From borg 2", "From restic", "Afterwards")} == {
+    headings = ("From borg", "From borg 2", "From restic", "A part", "Afterwards")
+    assert {heading: len(blocks(heading)) for heading in headings} == {
         "From borg": 5,
         "From borg 2": 2,
         "From restic": 4,
+        "A part": 2,
         "Afterwards": 1,
     }
-    assert PAGE.read_text().count("```sh") == 12
+    assert PAGE.read_text().count("```sh") == 14

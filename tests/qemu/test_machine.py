@@ -66,7 +66,7 @@ def test_the_disk_of_a_machine_is_held_still_and_tracked(machine):
             disk[offset : offset + len(data)] = data
 
     scribble()
-    base = tracker.blockferry_checkpoint(machine.volume, "one", pytest.fail)
+    base = tracker.blockferry_checkpoint(machine.volume, "one", "", pytest.fail)
     with hold(machine.name) as frozen:
         before = bytes(disk)
         scribble()

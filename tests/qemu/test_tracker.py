@@ -26,7 +26,7 @@ GRAIN = 64 << 10
 
 
 def checkpoint(machine, snapshot: str) -> Checkpoint:
-    made = tracker.blockferry_checkpoint(machine.volume, snapshot, pytest.fail)
+    made = tracker.blockferry_checkpoint(machine.volume, snapshot, "", pytest.fail)
     assert made
     return made
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_released_once_and_for_all_when_the_machine_runs(machine
 def test_a_snapshot_has_one_checkpoint(machine):
     checkpoint(machine, "one")
     reasons: list[str] = []
-    assert not tracker.blockferry_checkpoint(machine.volume, "one", reasons.append)
+    assert not tracker.blockferry_checkpoint(machine.volume, "one", "", reasons.append)
     assert "already exists" in reasons[0]
 
 
@@ -211,7 +211,7 @@ def test_other_volumes_and_trackers_are_not_its_business(machine, tmp_path):
     path = tmp_path / "plain.img"
     path.write_bytes(b"x" * 4096)
     plain, base = Volume.discover(path), checkpoint(machine, "one")
-    assert tracker.blockferry_checkpoint(plain, "two", pytest.fail) is None
+    assert tracker.blockferry_checkpoint(plain, "two", "", pytest.fail) is None
     assert tracker.blockferry_changed_extents(plain, plain, base, pytest.fail) is None
     foreign = dataclasses.replace(base, tracker="other")
     assert tracker.blockferry_changed_extents(machine.volume, machine.volume, foreign, pytest.fail) is None

@@ -153,7 +153,7 @@ def test_a_group_without_room_declines_and_other_volumes_are_not_its_business(vo
             declines_to_begin(dmsnapshot, path) == declines_to_begin(thin, path) == declines_to_begin(era, path) == []
         )
     window = Volume.discover(volume).window(MIB, MIB)
-    assert dmsnapshot.blockferry_checkpoint(window, "0123456789ab", pytest.fail) is None
+    assert dmsnapshot.blockferry_checkpoint(window, "0123456789ab", dmsnapshot.TRACKER, pytest.fail) is None
     image.unlink()
 
 

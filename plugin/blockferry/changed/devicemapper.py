@@ -25,7 +25,7 @@ import numpy as np
 from blockferry import kernel
 from blockferry.extents import ExtentSet
 from blockferry.freeze import CannotHoldError
-from blockferry.freeze.lvm import _lvm, _remove, _report
+from blockferry.freeze.lvm import lvs_report, remove_volume, run_lvm
 from blockferry.hookspecs import Checkpoint, Declined
 from blockferry.inuse import Numbers, device_name
 from blockferry.programs import look_for
@@ -300,7 +300,7 @@ def logical_volume(volume: Volume) -> LogicalVolume | None:
 def look_up(selection: str) -> LogicalVolume | None:
     """Return the one logical volume that a selection (lvmreport(7)) finds, None if there is none."""
     fields = "lv_uuid,vg_name,lv_name,lv_size,pool_lv_uuid,thin_id,origin_uuid,lv_kernel_major,lv_kernel_minor"
-    rows = _report("--options", f"{fields},vg_extent_size,vg_free_count", "--select", selection)
+    rows = lvs_report("--options", f"{fields},vg_extent_size,vg_free_count", "--select", selection)
     if len(rows) != 1:
         return None
     row = rows[0]
@@ -326,8 +326,8 @@ def keep_snapshot(tracker: str, volume: Volume, origin: LogicalVolume, snapshot:
     name = f"blockferry-{snapshot}"
     options = ["--snapshot", "--name", name, "--permission", "r", "--addtag", _TAG, "--yes", *kind]
     with contextlib.ExitStack() as undone:
-        undone.callback(_remove, f"{origin.group}/{name}")
-        _lvm("lvcreate", *options, origin.full_name)
+        undone.callback(remove_volume, f"{origin.group}/{name}")
+        run_lvm("lvcreate", *options, origin.full_name)
         made = look_up(f'lv_full_name="{origin.group}/{name}"')
         if made is None:
             raise CannotTrackError(f"LVM does not list {origin.group}/{name}, which it made")
@@ -354,7 +354,7 @@ def remove_snapshot(checkpoint: Checkpoint) -> None:
     def remove() -> None:
         kept = look_up(f'lv_uuid="{_uuid(checkpoint)}" && lv_tags="{_TAG}"')
         if kept is not None:
-            _remove(kept.full_name)
+            remove_volume(kept.full_name)
 
     attempt(checkpoint.tracker, remove, log.warning)
 

@@ -54,8 +54,10 @@ _BATCH = 4096
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
-    """Take a snapshot of a thick logical volume, to be kept."""
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
+    """Take a snapshot of a thick logical volume, to be kept: only if asked for, because it slows every write down."""
+    if named != TRACKER:
+        return None
     return devicemapper.attempt(TRACKER, lambda: _begin(volume, snapshot), declined)
 
 

@@ -38,8 +38,10 @@ _KEEP = 100
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Begin an era."""
+    if named not in ("", TRACKER):
+        return None
     return devicemapper.attempt(TRACKER, lambda: _begin(volume, snapshot), declined)
 
 

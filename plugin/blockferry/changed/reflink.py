@@ -29,10 +29,10 @@ _MARK = "user.blockferry.snapshot"
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Keep a reflink copy of an image file."""
     image = Path(volume.path)
-    if volume.is_device or not image.is_file():
+    if volume.is_device or not image.is_file() or named not in ("", NAME):
         return None
     image = image.resolve()
     copy = image.with_name(f".{image.name}.blockferry-{snapshot}")

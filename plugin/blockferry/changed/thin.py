@@ -30,8 +30,10 @@ _OLDEST = (0, 7, 4)
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Take a thin snapshot of a thin logical volume, to be kept, and not to be activated."""
+    if named not in ("", TRACKER):
+        return None
     return devicemapper.attempt(TRACKER, lambda: _begin(volume, snapshot), declined)
 
 

@@ -33,7 +33,7 @@ from blockferry.volume import Volume
     help="List what changed since this snapshot; `latest` (the default), or `none` to read every block in use.",
 )
 @click.option("--incremental", is_flag=True, help="Store only what changed, as a part on top of that snapshot.")
-@click.option("--tracker", default="", metavar="NAME", help="Ask only this tracker what changed.")
+@click.option("--tracker", default="", metavar="NAME", help="Use only this tracker; `none`: no tracker at all.")
 @click.option(
     "--sample",
     type=click.IntRange(min=0),

@@ -85,7 +85,7 @@ def _look_up(volume: Volume) -> _LogicalVolume:
     parts = re.fullmatch(r"(.{6})" + r"(.{4})" * 5 + r"(.{6})", match[1])
     dashed = "-".join(parts.groups()) if parts else ""
     fields = "vg_name,lv_name,pool_lv,lv_size,vg_free_count,vg_extent_size"
-    rows = _report("--options", fields, "--select", f'lv_uuid="{dashed}"')
+    rows = lvs_report("--options", fields, "--select", f'lv_uuid="{dashed}"')
     if len(rows) != 1:
         raise CannotHoldError("LVM does not list it")
     row = rows[0]
@@ -107,8 +107,8 @@ def _snapshot(origin: _LogicalVolume, made: contextlib.ExitStack) -> str:
     if not origin.thin and not _room(origin):
         raise CannotHoldError(f"the group {origin.group} has no free extents for a snapshot")
     options = ["--snapshot", "--name", name, "--permission", "r", "--addtag", _TAG, "--yes", *kind]
-    made.callback(_remove, f"{origin.group}/{name}")
-    _lvm("lvcreate", *options, origin.full_name)
+    made.callback(remove_volume, f"{origin.group}/{name}")
+    run_lvm("lvcreate", *options, origin.full_name)
     return f"/dev/{origin.group}/{name}"
 
 
@@ -141,7 +141,7 @@ def _validity(origin: _LogicalVolume, path: str) -> Iterator[Callable[[], None]]
 
 def _remove_stale(origin: _LogicalVolume) -> None:
     """Remove the snapshots that earlier, crashed backups of this volume left: nobody has them open."""
-    rows = _report(
+    rows = lvs_report(
         "--options", "lv_name,lv_device_open", "--select", f'lv_tags="{_TAG}" && origin="{origin.name}"', origin.group
     )
     for row in rows:
@@ -149,21 +149,21 @@ def _remove_stale(origin: _LogicalVolume) -> None:
             rf"{re.escape(origin.name)}-blockferry-\w+", row["lv_name"]
         ):
             log.warning("removing the snapshot %s/%s that a crashed backup left", origin.group, row["lv_name"])
-            _remove(f"{origin.group}/{row['lv_name']}")
+            remove_volume(f"{origin.group}/{row['lv_name']}")
 
 
-def _remove(full_name: str) -> None:
+def remove_volume(full_name: str) -> None:
     """Remove a snapshot, if it is there."""
     try:
-        if _report("--options", "lv_name", "--select", f'lv_full_name="{full_name}"'):
-            _lvm("lvremove", "--yes", "--force", full_name)
+        if lvs_report("--options", "lv_name", "--select", f'lv_full_name="{full_name}"'):
+            run_lvm("lvremove", "--yes", "--force", full_name)
     except CannotHoldError as error:
         log.warning("the snapshot %s is left behind (%s): `lvremove %s` removes it", full_name, error, full_name)
 
 
-def _report(*arguments: str) -> list[dict[str, str]]:
+def lvs_report(*arguments: str) -> list[dict[str, str]]:
     """Return the rows of `lvs`, sizes in bytes."""
-    output = _lvm("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", *arguments)
+    output = run_lvm("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", *arguments)
     try:
         rows: list[dict[str, str]] = json.loads(output)["report"][0]["lv"]
     except (ValueError, KeyError, IndexError):
@@ -171,7 +171,7 @@ def _report(*arguments: str) -> list[dict[str, str]]:
     return rows
 
 
-def _lvm(program: str, *arguments: str) -> str:
+def run_lvm(program: str, *arguments: str) -> str:
     """Run a program of LVM; raise CannotHoldError, with its last words, if it fails."""
     found = look_for(program)
     if found is None:

@@ -37,10 +37,10 @@ _CLEAN = "0"
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Begin a bitmap, in the image if its format has room for one."""
     disk = DiskName.parse(volume.path)
-    if disk is None:
+    if disk is None or named not in ("", NAME):
         return None
     bitmap = {"node": disk.node, "name": f"{PREFIX}{snapshot}", "granularity": _GRANULARITY}
     with connected(disk.socket) as monitor:

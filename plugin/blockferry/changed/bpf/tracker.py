@@ -18,9 +18,9 @@ _KEEP = 64
 
 
 @hookimpl
-def blockferry_checkpoint(volume: Volume, snapshot: str, declined: Declined) -> Checkpoint | None:
+def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: Declined) -> Checkpoint | None:
     """Begin a generation of what is written to a tracked device."""
-    if not volume.is_device or volume.offset:
+    if not volume.is_device or volume.offset or named not in ("", NAME):
         return None
     try:
         state, _none = ask(numbers_of(volume.path), {"do": "checkpoint"})
