@@ -209,7 +209,8 @@ def _sectors_written(device: Numbers) -> int:
 
     Discards are left out: a filesystem may still give back free blocks when it is frozen, and nobody else may.
     """
-    return int((_sysfs(device) / "stat").read_text().split()[6])
+    with open(f"/sys/dev/block/{device[0]}:{device[1]}/stat", "rb", buffering=0) as file:  # noqa: PTH123  # at every read
+        return int(file.read(512).split()[6])
 
 
 def _partitions(device: Numbers) -> list[Numbers]:

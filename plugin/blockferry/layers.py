@@ -11,7 +11,6 @@ import errno
 import heapq
 import mmap
 import os
-import threading
 from collections.abc import Iterator
 from typing import Protocol, Self, runtime_checkable
 
@@ -127,7 +126,8 @@ class DirectLayer(FileLayer):
         """Borrow `descriptor`; `base` and `size` are multiples of the device's `block_size`."""
         super().__init__(descriptor, size, base=base, name=name)
         self.block_size = block_size
-        self.local = threading.local()
+        # Not thread-local: a thread that C owns (libfuse's) is a new one to Python at every call.
+        self.idle: list[memoryview] = []
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer straight from the device where everything is aligned, else by way of a page-aligned one."""
@@ -135,7 +135,10 @@ class DirectLayer(FileLayer):
         if address % mmap.PAGESIZE == 0 and (offset | len(buffer)) % self.block_size == 0:
             super().read_into(offset, buffer)
             return
-        bounce = self._bounce()
+        try:
+            bounce = self.idle.pop()
+        except IndexError:
+            bounce = memoryview(mmap.mmap(-1, _BOUNCE))
         end = offset + len(buffer)
         start = offset // self.block_size * self.block_size
         while start < end:
@@ -144,13 +147,7 @@ class DirectLayer(FileLayer):
             begin, stop = max(start, offset), min(start + length, end)
             buffer[begin - offset : stop - offset] = bounce[begin - start : stop - start]
             start += length
-
-    def _bounce(self) -> memoryview:
-        """Return this thread's aligned buffer."""
-        if not hasattr(self.local, "bounce"):
-            self.local.bounce = memoryview(mmap.mmap(-1, _BOUNCE))
-        bounce: memoryview = self.local.bounce
-        return bounce
+        self.idle.append(bounce)
 
 
 class CutLayer(BaseLayer):
@@ -165,6 +162,9 @@ class CutLayer(BaseLayer):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read what is wanted of the layer below and zero everything else."""
+        if self.extents.covers(offset, offset + len(buffer)):
+            self.layer.read_into(offset, buffer)
+            return
         wanted = self.extents.clip(offset, offset + len(buffer))
         position = offset
         for start, length in wanted.coalesce(self.gap):

@@ -42,6 +42,7 @@ def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: D
                 kernel.clone(source, target)
                 os.setxattr(target, _MARK, snapshot.encode())
                 os.fsync(target)
+                state = {"copy": str(copy), **_facts(target)}
             except BaseException:
                 copy.unlink()
                 raise
@@ -49,7 +50,7 @@ def blockferry_checkpoint(volume: Volume, snapshot: str, named: str, declined: D
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV):
             declined(f"reflink: {copy}: {error.strerror}")
         return None
-    return Checkpoint(NAME, snapshot, {"copy": str(copy)})
+    return Checkpoint(NAME, snapshot, state)
 
 
 @hookimpl
@@ -64,6 +65,9 @@ def blockferry_changed_extents(
         with _opened(copy, os.O_RDONLY) as before, _opened(Path(still.path), os.O_RDONLY) as now:
             if os.getxattr(before, _MARK) != since.snapshot.encode():
                 declined(f"reflink: {copy} is not the copy of snapshot {since.snapshot}")
+                return None
+            if _facts(before).items() - since.state.items():
+                declined(f"reflink: somebody changed {copy}, the copy of snapshot {since.snapshot}")
                 return None
             if os.fstat(before).st_dev != os.fstat(now).st_dev:
                 declined(f"reflink: {copy} and {volume.path} are on different filesystems")
@@ -85,6 +89,12 @@ def blockferry_release_checkpoint(checkpoint: Checkpoint) -> None:
     with contextlib.suppress(OSError):
         if os.getxattr(copy, _MARK, follow_symlinks=False) == checkpoint.snapshot.encode():
             copy.unlink()
+
+
+def _facts(descriptor: int) -> dict[str, int]:
+    """Return what tells a copy from one that was written to or replaced: reading, sharing and moving it leave these."""
+    facts = os.fstat(descriptor)
+    return {"inode": facts.st_ino, "ctime_ns": facts.st_ctime_ns}
 
 
 def differences(before: FileExtents, now: FileExtents) -> ExtentSet:
