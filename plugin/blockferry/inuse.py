@@ -209,7 +209,7 @@ def _sectors_written(device: Numbers) -> int:
 
     Discards are left out: a filesystem may still give back free blocks when it is frozen, and nobody else may.
     """
-    with open(f"/sys/dev/block/{device[0]}:{device[1]}/stat", "rb", buffering=0) as file:  # noqa: PTH123  # at every read
+    with open(f"/sys/dev/block/{device[0]}:{device[1]}/stat", "rb", buffering=0) as file:  # at every read
         return int(file.read(512).split()[6])
 
 
