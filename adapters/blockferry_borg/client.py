@@ -95,9 +95,9 @@ class Worker:
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._listener = threading.Thread(target=self._listen, name="borg log", daemon=True)
         self._listener.start()
+        self._greeted = False
         try:
             self.send(repository=repository, lock_wait=lock_wait(), slot=SLOT_SIZE)
-            self.receive()
         except BaseException:
             self.close()
             raise
@@ -120,6 +120,10 @@ class Worker:
 
     def receive(self) -> Reply:
         """Return the next reply; raise the BlockferryError that it stands for, or that the worker died of."""
+        if not self._greeted:
+            # Only now: whoever starts a worker has other things to do while it imports borg.
+            self._greeted = True
+            self.receive()
         line = self._replies.readline()
         if not line.endswith(b"\n"):
             self.close()

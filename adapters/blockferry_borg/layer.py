@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from blockferry.errors import DamagedSnapshotError
+from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
 from blockferry_borg.client import BATCH, SLOT_SIZE, SLOTS, Worker
@@ -32,6 +32,7 @@ class OpenArchive:
         self.sizes: dict[str, int] = opened["sizes"]
         self._lock = threading.Lock()
         self._count = 0
+        self._unanswered = 0
         self._answered: dict[int, Exception | None] = {}
         if self.unit > SLOT_SIZE or set(self.sizes) != set(items):
             raise self.damaged("is not in chunks and items as blockferry stores them")
@@ -47,6 +48,7 @@ class OpenArchive:
         """Ask for chunks, runs of (first, count), to be put into a slot; return the number of the request."""
         with self._lock:
             self._count += 1
+            self._unanswered += 1
             self.worker.send(read=self._count, item=item, runs=runs, slot=slot)
             return self._count
 
@@ -55,6 +57,7 @@ class OpenArchive:
         with self._lock:
             while number not in self._answered:
                 reply = self.worker.receive()
+                self._unanswered -= 1
                 self._answered[reply["read"]] = self.worker.error(reply) if "error" in reply else None
             error = self._answered.pop(number)
         if error:
@@ -72,16 +75,25 @@ class OpenArchive:
         return bytes(content)
 
     def close(self) -> None:
-        """Have the worker close the archive; it can be asked for something else then."""
-        self.worker.ask(op="close")
+        """Have the worker close the archive; it can be asked for something else then.
+
+        Raise RepositoryError if it cannot, or still has to answer somebody who does not wait any more.
+        """
+        with self._lock:
+            if self._unanswered:
+                raise self.damaged("was closed in the middle of a read")
+            self.worker.ask(op="close")
 
 
 class ImageLayer(BaseLayer):
-    """The image of a snapshot. Owns the archive's worker."""
+    """The image of a snapshot. Has the archive's worker to itself until it is closed."""
 
-    def __init__(self, opened: OpenArchive, image: str, extents: ExtentSet, size: int) -> None:
+    def __init__(
+        self, opened: OpenArchive, image: str, extents: ExtentSet, size: int, give_back: Callable[[Worker], None]
+    ) -> None:
         """Give the image of an open archive that has `extents` of a volume of `size` bytes."""
         self._opened = opened
+        self._give_back: Callable[[Worker], None] | None = give_back
         self._image = image
         self._unit = opened.unit
         self.size = size
@@ -125,8 +137,16 @@ class ImageLayer(BaseLayer):
             self._streaming.release()
 
     def close(self) -> None:
-        """End the worker."""
-        self._opened.worker.close()
+        """Give the worker back, or end it if it does not answer as it should."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is None:
+            return
+        try:
+            self._opened.close()
+        except BlockferryError:
+            self._opened.worker.close()
+        else:
+            give_back(self._opened.worker)
 
     @property
     def _batch(self) -> int:

@@ -55,12 +55,14 @@ class WorkerRepository:
     capabilities = frozenset({"reuse", "merge"})
 
     def __init__(self, location: str, installation: Installation) -> None:
-        """Work on the repository that borg calls `location`; nothing is opened yet."""
+        """Work on the repository that borg calls `location`; it is not opened yet."""
         self.reference = f"borg:{without_credentials(location)}"
         self._location = location
         self._installation = installation
         self._passphrase = Passphrase()
-        self._idle: Worker | None = None
+        # It imports borg while whoever wants this repository looks at a volume.
+        self._idle: Worker | None = Worker(installation, location, self._passphrase)
+        self._closed = False
 
     def unit(self, size: int) -> int:
         """Return the size of the chunks that an image of `size` bytes is stored in."""
@@ -87,7 +89,8 @@ class WorkerRepository:
         try:
             opened = OpenArchive(worker, snapshot.archive, (RECORD_NAME, MAP_NAME, IMAGE_NAME))
             record, block_map = self._read_description(opened)
-            return ImageLayer(opened, IMAGE_NAME, block_map.extents(*record.stored_kinds), record.size)
+            extents = block_map.extents(*record.stored_kinds)
+            return ImageLayer(opened, IMAGE_NAME, extents, record.size, self._put_back)
         except BaseException:
             worker.close()
             raise
@@ -124,6 +127,7 @@ class WorkerRepository:
 
     def close(self) -> None:
         """End the worker."""
+        self._closed = True
         if self._idle:
             self._idle.close()
             self._idle = None
@@ -146,7 +150,14 @@ class WorkerRepository:
         except BaseException:
             worker.close()
             raise
-        self._idle = worker
+        self._put_back(worker)
+
+    def _put_back(self, worker: Worker) -> None:
+        """Keep a worker that has nothing to do; one is enough."""
+        if self._idle or self._closed:
+            worker.close()
+        else:
+            self._idle = worker
 
     def _take_worker(self) -> Worker:
         """Return the worker that idles, or a new one: whoever takes it closes it or gives it back."""

@@ -16,7 +16,7 @@ import pluggy
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.checkpoints import Begun, Checkpoints
 from blockferry.difference import Choice, Difference, compare_sample, distrusted, find_difference, reusable
-from blockferry.errors import BaseUnusableError
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError
 from blockferry.freeze import hold_still
 from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
 from blockferry.ladder import used_blocks
@@ -128,7 +128,7 @@ def back_up(
                     with distrusted(checkpoints, volume, difference.tracker):
                         compared = run.compare(difference, chosen.block_map, choice.sample)
                 stored, record = run.store(chosen)
-            except BaseUnusableError as error:
+            except (BaseUnusableError, DamagedSnapshotError) as error:
                 log.warning("%s; reading every block in use", error.message)
                 stored, record = run.store(dataclasses.replace(everything, reason=_joined(error.message, reason)))
             _confirm(frozen, repository, stored.snapshot)

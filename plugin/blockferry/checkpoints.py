@@ -160,7 +160,14 @@ def _read(path: Path) -> Kept | None:
     """Return what a file says; None, and a line in the log, if it is not one of ours any more."""
     try:
         fields = json.loads(path.read_bytes())
-        return Kept(**fields | {"checkpoint": Checkpoint(**fields["checkpoint"])})
+        made = Checkpoint(**fields["checkpoint"])
+        kept = Kept(**fields | {"checkpoint": made})
+        texts = (made.tracker, made.snapshot, kept.volume, kept.path, kept.repository, kept.created)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name is not a text")
+        if not isinstance(kept.identity, dict) or not isinstance(made.state, dict):
+            raise TypeError("an identity or a state is not what it should be")
+        return kept
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -85,6 +85,7 @@ def test_a_mapped_device_and_what_lies_below_it_are_tracked(disk: str, mapped: P
     assert below.changed(since_below) == expected
 
 
+@pytest.mark.thorough
 def test_a_snapshot_s_wrapping_is_no_change_and_another_table_is(disk: str, mapped: Path, track: list[Asked]) -> None:
     asked = tracked(track, mapped)
     since = asked.checkpoint()
@@ -99,6 +100,7 @@ def test_a_snapshot_s_wrapping_is_no_change_and_another_table_is(disk: str, mapp
     assert "mapped to something else" in asked.declined(since)
 
 
+@pytest.mark.thorough
 def test_merging_a_snapshot_back_is_noticed(
     disk: str, mapped: Path, track: list[Asked], tmp_path: Path, attach: Attach
 ) -> None:
@@ -116,6 +118,7 @@ def test_merging_a_snapshot_back_is_noticed(
     assert "merged back" in asked.declined(since)
 
 
+@pytest.mark.thorough
 def test_a_kernel_that_preempts_itself_without_counting_is_refused(disk: str) -> None:
     preemption = Path("/sys/kernel/debug/sched/preempt")
     if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 7):

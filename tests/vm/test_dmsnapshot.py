@@ -81,6 +81,7 @@ def test_every_write_to_a_mounted_filesystem_is_in_the_answer(volume: str, mount
     assert "gone" in declines(dmsnapshot, volume, first)
 
 
+@pytest.mark.thorough
 def test_every_write_to_a_mounted_xfs_is_in_the_answer(volume: str, mount: Mount) -> None:
     run_small("mkfs.xfs", "-q", volume)
     since, before = begin(dmsnapshot, volume), contents(volume)
@@ -89,6 +90,7 @@ def test_every_write_to_a_mounted_xfs_is_in_the_answer(volume: str, mount: Mount
     check(changed(dmsnapshot, volume, since), before, contents(volume))
 
 
+@pytest.mark.thorough
 def test_scattered_writes_fill_many_areas_of_the_table_and_outlast_the_volume_s_deactivation(volume: str) -> None:
     since = begin(dmsnapshot, volume)
     before = contents(volume)
@@ -121,6 +123,7 @@ def test_a_snapshot_that_overflowed_is_no_answer(volume: str) -> None:
     assert snapshots() == []
 
 
+@pytest.mark.thorough
 def test_only_the_very_snapshot_of_the_very_volume_answers(volume: str) -> None:
     since = begin(dmsnapshot, volume)
     run("lvcreate", "--yes", "--size", "32M", "--name", "other", GROUP)
@@ -140,6 +143,7 @@ def test_only_the_very_snapshot_of_the_very_volume_answers(volume: str) -> None:
     assert len(snapshots()) == 2  # another's of the same name is left alone
 
 
+@pytest.mark.thorough
 def test_a_group_without_room_declines_and_other_volumes_are_not_its_business(volume: str, attach: Attach) -> None:
     run("lvcreate", "--yes", "--size", "104M", "--name", "filler", GROUP)  # leaves 24 MiB
     (reason,) = declines_to_begin(dmsnapshot, volume)

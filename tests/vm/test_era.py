@@ -43,6 +43,7 @@ def make(tmp_path: Path, attach: Attach) -> Iterator[Make]:
     run("dmsetup", "remove", "--retry", "blockferry-era")
 
 
+@pytest.mark.thorough
 def test_every_write_to_a_mounted_filesystem_is_in_the_answer(make: Make, mount: Mount) -> None:
     make(64 * 1024)
     run("mkfs.ext4", "-q", DEVICE)
@@ -60,6 +61,7 @@ def test_every_write_to_a_mounted_filesystem_is_in_the_answer(make: Make, mount:
     check(changed(era, DEVICE, second), image_2, image_3, most=0.8)
 
 
+@pytest.mark.thorough
 def test_every_write_to_a_mounted_xfs_is_in_the_answer(make: Make, mount: Mount) -> None:
     make(64 * 1024)
     run_small("mkfs.xfs", "-q", DEVICE)
@@ -114,6 +116,7 @@ def test_discards_which_the_kernel_does_not_note_are_no_answer(make: Make) -> No
     assert changed(era, DEVICE, since).covers(0, 3 * MIB)
 
 
+@pytest.mark.thorough
 def test_a_device_set_up_anew_is_no_answer(make: Make) -> None:
     make(64 * 1024)
     since = begin(era, DEVICE)
@@ -132,6 +135,7 @@ def test_a_device_set_up_anew_is_no_answer(make: Make) -> None:
     assert declines(era, DEVICE, dataclasses.replace(since, state={}))
 
 
+@pytest.mark.thorough
 def test_a_metadata_snapshot_of_somebody_else_is_left_to_them(make: Make) -> None:
     make(64 * 1024)
     since = begin(era, DEVICE)

@@ -1,10 +1,11 @@
-"""The other files of this directory pass, each in a guest of its own.
+"""The other files of this directory pass in a guest: some of their tests in one boot, or all, a boot a file.
 
-One alone, with all that it prints: `scripts/vm -- .venv/bin/python -m pytest -p no:cacheprovider tests/vm/FILE`.
+One file alone, with all that it prints: `scripts/vm -- .venv/bin/python -m pytest -p no:cacheprovider tests/vm/FILE`.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = sorted(path.name for path in HERE.glob("test_*.py") if path.name != Path(__file__).name)
+FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path.name != Path(__file__).name)
+FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
+BOOTS = {Path(file).stem: [file] for file in FILES} if FULL else {"some": ["-m", "not thorough", *FILES]}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,10 +30,10 @@ def vm() -> None:
 
 @pytest.mark.vm
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # a guest is emulated
-@pytest.mark.parametrize("file", FILES)
-def test_all_tests_of_a_file_pass_in_a_guest(file: str) -> None:
-    inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+@pytest.mark.timeout(1800)  # a guest is emulated
+@pytest.mark.parametrize("boot", BOOTS)
+def test_everything_passes_in_a_guest(boot: str) -> None:
+    inside = [sys.executable, "-m", "pytest", "-q", "--durations=0", "-p", "no:cacheprovider", *BOOTS[boot]]
     command = [str(ROOT / "scripts/vm"), "--", *inside]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +101,7 @@ def test_a_snapshot_that_overflows_fails_the_backup(thick: str, mount: Mount) ->
     assert snapshots() == []
 
 
+@pytest.mark.thorough
 def test_a_group_without_room_declines_with_the_reason(thick: str, mount: Mount) -> None:
     run("lvcreate", "--yes", "--extents", "100%FREE", "--name", "filler", GROUP)
     mount(thick)
@@ -106,6 +109,7 @@ def test_a_group_without_room_declines_with_the_reason(thick: str, mount: Mount)
         hold(thick).__enter__()
 
 
+@pytest.mark.thorough
 def test_an_error_in_the_backup_removes_the_snapshot(thick: str, mount: Mount) -> None:
     mount(thick)
     with pytest.raises(ZeroDivisionError), hold(thick):
@@ -141,6 +145,7 @@ def test_what_a_killed_backup_left_goes_and_what_another_reads_stays(thick: str,
     assert snapshots() == []
 
 
+@pytest.mark.thorough
 def test_a_volume_that_a_guest_uses_raw_is_crash_consistent(thick: str) -> None:
     machine = keep_open(thick)
     try:
@@ -151,6 +156,7 @@ def test_a_volume_that_a_guest_uses_raw_is_crash_consistent(thick: str) -> None:
         machine.wait()
 
 
+@pytest.mark.thorough
 def test_a_volume_in_no_use_needs_no_snapshot(thick: str) -> None:
     with hold(thick) as frozen:
         assert frozen.stability is Stability.OFFLINE
@@ -164,8 +170,46 @@ def test_a_snapshot_is_preferred_to_freezing_for_the_length_of_the_backup(thick:
         (place / "not").write_bytes(b"held back")
 
 
+@pytest.mark.thorough
 def test_what_lies_on_a_logical_volume_has_its_disk_in_use(thick: str) -> None:
     disk = run("pvs", "--noheadings", "--options", "pv_name", "--select", f"vg_name={GROUP}").strip()
     with pytest.raises(UnstableVolumeError, match=rf"{disk} is held by dm-\d+ \(blockferry--test-data\)"):
         hold(disk).__enter__()
     assert thick
+
+
+@pytest.mark.parametrize(("tracker", "kind"), [("dmsnapshot", "thick"), ("thin", "thin")])
+def test_a_second_backup_of_a_volume_in_use_reads_what_changed(
+    tracker: str,
+    kind: str,
+    request: pytest.FixtureRequest,
+    mount: Mount,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = request.getfixturevalue(kind)
+    monkeypatch.setenv("RESTIC_PASSWORD", "secret")
+    repository = tmp_path / "repository"
+    run("restic", "init", "--quiet", "--repo", str(repository))
+    place = mount(device)
+    contents = {"one": os.urandom(5 << 20), "two": os.urandom(3 << 20)}
+    done = []
+    for name, content in contents.items():
+        (place / name).write_bytes(content)
+        os.sync()
+        done.append(blockferry("backup", device, "--tracker", tracker, "--repo", f"restic:{repository}"))
+    first, second = done
+    assert (first["tier"], second["tier"], second["base"]) == ("used", "changed", first["snapshot"])
+    assert second["bytes_changed"] < first["bytes_read"]
+    assert second["bytes_compared"] > 0
+    assert len(snapshots()) == 1, "the checkpoint of the second backup is kept, and nothing else"
+    copy = tmp_path / "copy.img"
+    blockferry("restore", "latest", str(copy), "--repo", f"restic:{repository}")
+    restored = mount(copy, "loop", "ro")
+    assert {name: (restored / name).read_bytes() for name in contents} == contents
+
+
+def blockferry(*words: str) -> dict[str, Any]:
+    """Run a command of blockferry's; return what it prints."""
+    printed: dict[str, Any] = json.loads(run(str(Path(sys.executable).with_name("blockferry")), *words, "--json"))
+    return printed

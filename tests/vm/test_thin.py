@@ -74,6 +74,7 @@ def test_every_write_to_a_mounted_filesystem_is_in_the_answer(volume: str, mount
     assert "gone" in declines(thin, volume, first)
 
 
+@pytest.mark.thorough
 def test_every_write_to_a_mounted_xfs_is_in_the_answer(volume: str, mount: Mount) -> None:
     run_small("mkfs.xfs", "-q", volume)
     since, before = begin(thin, volume), contents(volume)
@@ -98,6 +99,7 @@ def test_what_was_discarded_or_zeroed_counts_and_nothing_else(volume: str) -> No
     assert differing(before, contents(volume)).align(BLOCK, 32 * MIB) == answer
 
 
+@pytest.mark.thorough
 def test_a_metadata_snapshot_of_somebody_else_is_left_to_them_and_ours_goes(volume: str) -> None:
     since = begin(thin, volume)
     run("dmsetup", "message", POOL, "0", "reserve_metadata_snap")
@@ -109,6 +111,7 @@ def test_a_metadata_snapshot_of_somebody_else_is_left_to_them_and_ours_goes(volu
     assert run("dmsetup", "status", POOL).split()[6] == "-"
 
 
+@pytest.mark.thorough
 def test_it_is_given_up_even_if_the_comparison_fails(
     volume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +126,7 @@ def test_it_is_given_up_even_if_the_comparison_fails(
     assert run("dmsetup", "status", POOL).split()[6] == "-"
 
 
+@pytest.mark.thorough
 def test_only_the_very_snapshot_of_the_very_volume_answers(volume: str, pool: str) -> None:
     since = begin(thin, volume)
     run("lvcreate", "--yes", "--virtualsize", "32M", "--thin", "--name", "other", pool)

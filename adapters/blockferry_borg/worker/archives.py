@@ -48,6 +48,7 @@ class Connection:
         # Borg's own parser knows what this version's repository classes want to be told.
         self.arguments = Archiver().parse_args(["--lock-wait", str(lock_wait), "list", "--", reference])
         self.lock_wait = lock_wait
+        self._key: Any = None
         os.umask(self.arguments.umask)
 
     def open(self, *, exclusive: bool = False, lock: bool = True) -> Any:
@@ -59,10 +60,14 @@ class Connection:
         return Repository(location.path, **options)
 
     def manifest(self, repository: Any) -> tuple[Any, Any]:
-        """Return the manifest and key, once borg's own checks have found nothing against this repository."""
-        manifest, key = Manifest.load(repository, (Manifest.Operation.READ,))
+        """Return the manifest and key, for reading, once borg's own checks have found nothing against this repository.
+
+        The key is unlocked once: that takes a tenth of a second by design. Who writes must load it with the repository
+        that is written to, because it counts there what it has encrypted.
+        """
+        manifest, self._key = Manifest.load(repository, (Manifest.Operation.READ,), key=self._key)
         assert_secure(repository, manifest, self.lock_wait)
-        return manifest, key
+        return manifest, self._key
 
 
 def comments(repository: Any, manifest: Any, key: Any) -> list[tuple[str, str]]:
