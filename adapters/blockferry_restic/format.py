@@ -14,6 +14,7 @@ import binascii
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -29,6 +30,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from blockferry.errors import DamagedSnapshotError, PassphraseError, RepositoryError
+
+log = logging.getLogger(__name__)
 
 _IV, _MAC = 16, 16
 _OVERHEAD = _IV + _MAC
@@ -158,6 +161,17 @@ class RepositoryReader:
             self._index = self._load_index(sorted(names))
             self._index_files = names
         return self._index
+
+    def snapshots(self, tag: str) -> Iterator[dict[str, Any]]:
+        """Yield what `restic snapshots --json --tag TAG` lists; one that cannot be read is left out, with a warning."""
+        for name in _listing(self.directory / "snapshots"):
+            try:
+                found = self._json("snapshots", name)
+            except DamagedSnapshotError as error:
+                log.warning("%s", error.message)
+                continue
+            if isinstance(found.get("tags"), list) and tag in found["tags"]:
+                yield found | {"id": name}
 
     def root(self, index: BlobIndex, snapshot: str) -> Tree:
         """Return the root of a snapshot, given by its full id."""

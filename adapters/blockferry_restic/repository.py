@@ -93,8 +93,11 @@ class ResticRepository:
     def snapshots(self) -> list[Snapshot]:
         """Return every complete snapshot with our tags, oldest first."""
         entries: list[dict[str, Any]] = []
-        for listing in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
-            entries += listing or []
+        if reader := self._local_reader():
+            entries += reader.snapshots(_TAG)
+        else:
+            for listing in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
+                entries += listing or []
         found = [snapshot for snapshot in map(_snapshot, entries) if snapshot]
         return sorted(found, key=lambda snapshot: snapshot.created)
 
@@ -164,12 +167,16 @@ class ResticRepository:
 
     def _archive(self, snapshot: Snapshot) -> Archive:
         """Return a way to read a snapshot: our own for a repository in a local directory, else restic's."""
+        if reader := self._local_reader():
+            return LocalArchive(reader, snapshot.archive)
+        return RemoteArchive(self._restic, snapshot.archive)
+
+    def _local_reader(self) -> RepositoryReader | None:
+        """Return what reads a repository in a local directory; its key is unlocked once."""
         directory = self._restic.location.directory
-        if directory is None or not (directory / "config").is_file():
-            return RemoteArchive(self._restic, snapshot.archive)
-        if self._reader is None:
+        if self._reader is None and directory is not None and (directory / "config").is_file():
             self._reader = RepositoryReader(directory, password())
-        return LocalArchive(self._reader, snapshot.archive)
+        return self._reader
 
     def _describe(self, archive: Archive, snapshot: Snapshot) -> tuple[Record, BlockMap]:
         """Return the record and the block map in an archive; DamagedSnapshotError if they do not fit each other."""

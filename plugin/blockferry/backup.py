@@ -146,6 +146,8 @@ def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository
     """
     block_map = difference.block_map(used.extents, zeros_are_content=zeros_are_content(used.method))
     bases: list[Base] = []
+    if part and "merge" in repository.capabilities:
+        bases = difference.chain.bases(block_map.extents(Kind.SAME))
     if not part and block_map.extents(Kind.SAME):
         block_map, bases = reusable(difference.chain, block_map, used.extents, repository)
         if not bases:

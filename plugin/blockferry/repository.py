@@ -28,12 +28,16 @@ class Base:
 def plan(block_map: BlockMap, record: Record, bases: Sequence[Base]) -> BlockMap:
     """Return the map of the chunks that an image is stored in: data is read, same comes from a base, zero is left out.
 
+    A part takes nothing over: its bases are only looked at, whether they are sound.
+
     Raise ValueError if a chunk of what is to be a whole image would be left out though the map has it as the same.
     """
     grid = block_map.on_grid(record.unit)
     same = grid.extents(Kind.SAME)
+    if record.part:
+        return BlockMap.build(grid.size, data=grid.extents(Kind.DATA))
     reused = same.intersection(ExtentSet.empty().union(*(base.extents for base in bases)))
-    if not record.part and reused != same:
+    if reused != same:
         raise ValueError("the bases do not have all that is the same")
     return BlockMap.build(grid.size, data=grid.extents(Kind.DATA), same=reused)
 

@@ -255,12 +255,12 @@ def test_a_damaged_pack_is_named(repository_path: Path, image: Image, damage: st
 
 
 def test_a_restic_that_is_too_old_or_missing_is_said_so(
-    repository_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    repository_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("BLOCKFERRY_RESTIC", str(tmp_path / "restic"))
     with pytest.raises(ToolMissingError, match="not installed"):
-        open_repository(repository_path).snapshots()
+        store(open_repository(repository_path), image)
     (tmp_path / "restic").write_text("#!/bin/sh\necho 'restic 0.14.0 compiled with go1.19.8 on linux/amd64'\n")
     (tmp_path / "restic").chmod(0o700)
     with pytest.raises(ToolMissingError, match=r"version 0\.14; 0\.18 is the oldest"):
-        open_repository(repository_path).snapshots()
+        store(open_repository(repository_path), image)
