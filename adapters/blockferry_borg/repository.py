@@ -161,5 +161,5 @@ class WorkerRepository:
 
     def _take_worker(self) -> Worker:
         """Return the worker that idles, or a new one: whoever takes it closes it or gives it back."""
-        worker, self._idle = self._idle, None
+        worker, self._idle, self._closed = self._idle, None, False
         return worker or Worker(self._installation, self._location, self._passphrase)

@@ -319,14 +319,19 @@ def test_where_the_sample_cannot_be_read_every_block_is(make_job: Make, incremen
 
 @needs_root
 def test_a_part_on_a_base_that_was_repaired_is_never_restored_wrong(make_job: Make, tmp_path: Path) -> None:
-    """Nothing of the base is looked at where no sample is taken; what is lost is said when it is read."""
+    """What is lost is said when it is read, and no further part is built on it, even where no sample is taken."""
     job = make_job()
     job.depot = plain_depot("1.2", tmp_path / "plain")
     job.backup()
-    lose_a_chunk(job)
     job.write(at=MIB)
-    part = job.backup("--sample", "0", "--incremental")
+    part = job.backup("--incremental")
     assert part["part"]
+    lose_a_chunk(job)
+    job.write(at=2 * MIB)
+    whole = job.backup("--sample", "0", "--incremental")
+    assert (whole["part"], whole["tier"]) == (False, "used")
+    assert "repaired" in whole["tier_reason"]
+    job.assert_right()
     job.ferry("verify", part["snapshot"]).refused(1, "are lost")
     job.ferry("restore", part["snapshot"], tmp_path / "back.img").refused(1, "are lost")
     assert not (tmp_path / "back.img").exists()
