@@ -1,4 +1,4 @@
-"""Read-only trees of files that this process makes up, mounted through FUSE for another program to read.
+"""Trees of files that this process makes up, mounted through FUSE for another program to read, or for the kernel.
 
     with mounted(tree) as path:
         subprocess.run(["env", f"--chdir={path}", "restic", "backup", "."])

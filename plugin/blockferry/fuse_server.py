@@ -18,7 +18,8 @@ from typing import Any
 
 import mfusepy
 
-from blockferry.fuse_tree import Node, Tree
+from blockferry import kernel
+from blockferry.fuse_tree import Node, Tree, WritableTree
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,12 @@ class _Callbacks:
     init = getattr = readdir = open = read = lseek = True
 
 
+class _WritingCallbacks(_Callbacks):
+    """Those of a tree that can be written to."""
+
+    write = fsync = fallocate = True
+
+
 class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
     """Serves a tree from being made until the tree is unmounted. The callbacks' names are mfusepy's."""
 
@@ -49,17 +56,24 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
         """Mount `tree` on `point` and set `ready` when it answers; RuntimeError if libfuse cannot mount it."""
         self.tree = tree
         self.ready = ready
+        self.writable: WritableTree | None = tree if isinstance(tree, WritableTree) else None
         super().__init__(
-            _Callbacks(),
+            _WritingCallbacks() if self.writable else _Callbacks(),
             os.fspath(point),
             foreground=True,
-            ro=True,
+            ro=not self.writable,
             fsname="blockferry",
             subtype="blockferry",
             max_read=_MOST_PER_READ,
             # Left out, libfuse 3.14 complains about its own default on stderr (lib/helper.c).
             max_idle_threads=_THREADS,
         )
+
+    @property
+    def _writing(self) -> WritableTree:
+        if self.writable is None:
+            raise OSError(errno.EROFS, "read-only")
+        return self.writable
 
     def _wrapper(self, func: Callable[..., int | None], *arguments: Any) -> int:
         """Call a callback; what it raises becomes an errno, for an exception cannot pass through C."""
@@ -76,8 +90,9 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
         connection.contents.max_read = _MOST_PER_READ
         settings = config.contents
         settings.use_ino = 1
-        # Reads then come as the reader makes them, up to the limit, and do not fill the page cache.
-        settings.direct_io = 1
+        # Reads then come as the reader makes them, up to the limit, and do not fill the page cache. A loop device
+        # does that by itself, and is slower on a file that is served so.
+        settings.direct_io = not self.writable
         settings.entry_timeout = settings.attr_timeout = settings.negative_timeout = _FOREVER
         self.ready.set()
 
@@ -98,7 +113,7 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
 
     def open(self, path: bytes, file: Any) -> None:
         """Open a file for reading."""
-        if file.contents.flags & os.O_ACCMODE != os.O_RDONLY:
+        if not self.writable and file.contents.flags & os.O_ACCMODE != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only")
         file.contents.fh = self.tree.open(os.fsdecode(path))
 
@@ -106,6 +121,22 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
         """Let the tree fill libfuse's buffer."""
         buffer = ctypes.cast(into, ctypes.POINTER(ctypes.c_ubyte * size)).contents
         return self.tree.read_into(file.contents.fh, offset, memoryview(buffer).cast("B"))
+
+    def write(self, _path: bytes, data: Any, size: int, offset: int, file: Any) -> int:
+        """Have the tree take libfuse's buffer."""
+        buffer = ctypes.cast(data, ctypes.POINTER(ctypes.c_ubyte * size)).contents
+        self._writing.write_from(file.contents.fh, offset, memoryview(buffer).cast("B"))
+        return size
+
+    def fsync(self, _path: bytes, _only_data: int, file: Any) -> None:
+        """Make what was written durable."""
+        self._writing.sync(file.contents.fh)
+
+    def fallocate(self, _path: bytes, mode: int, offset: int, length: int, file: Any) -> None:
+        """Zero a range: of the modes (linux/falloc.h) those that do so and leave the size alone."""
+        if mode not in (kernel.PUNCH_HOLE_KEEP_SIZE, kernel.ZERO_RANGE_KEEP_SIZE):
+            raise OSError(errno.EOPNOTSUPP, "only holes can be punched")
+        self._writing.zero(file.contents.fh, offset, length)
 
     def lseek(self, _path: bytes, offset: int, whence: int, file: Any) -> int:
         """Answer SEEK_DATA and SEEK_HOLE: the kernel does the other kinds by itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Node(NamedTuple):
@@ -19,7 +19,7 @@ class Node(NamedTuple):
 
 
 class Tree(Protocol):
-    """A read-only tree of directories and files that does not change while it is mounted.
+    """A tree of directories and files whose names and sizes do not change while it is mounted.
 
     Called from several threads at once. An OSError reaches the reader as its errno; anything else as EIO, after it
     was logged: a tree that wants to know of its failures catches them itself.
@@ -45,3 +45,17 @@ class Tree(Protocol):
 
         Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes.
         """
+
+
+@runtime_checkable
+class WritableTree(Tree, Protocol):
+    """A tree whose files' content can be written. What was read before may be in the kernel's page cache."""
+
+    def write_from(self, handle: int, offset: int, data: memoryview) -> None:
+        """Write all of `data` into a file, at an offset; raise OSError with EFBIG beyond its end."""
+
+    def zero(self, handle: int, offset: int, length: int) -> None:
+        """Make a range of a file read as zeros."""
+
+    def sync(self, handle: int) -> None:
+        """Make all that was written to a file durable."""

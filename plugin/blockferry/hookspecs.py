@@ -16,6 +16,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from blockferry.extents import ExtentSet
+    from blockferry.hot.cache import RestoreCache
+    from blockferry.hot.source import Source
     from blockferry.repository import Repository
     from blockferry.snapshot import Record, Snapshot, Stability
     from blockferry.volume import Volume
@@ -81,6 +83,25 @@ class ChangedBlocks:
 
     extents: ExtentSet
     method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """What a hot restore is of, and where its blocks are to be kept. Sizes in bytes."""
+
+    name: str
+    repository: str
+    """The reference, without credentials."""
+    snapshot: str
+    target: str
+    """The device or file that is to become the volume; "" if there is none."""
+    block_size: int
+    zeros_are_content: bool
+    """Whether what the snapshot has no data of was zeros, not merely free."""
+    force: bool = False
+    buffer: str = ""
+    """The directory for a buffer, where there is no target."""
+    buffer_size: int = 0
 
 
 # -- repositories ------------------------------------------------------------------------------------------------------
@@ -165,6 +186,18 @@ def blockferry_snapshot_stored(snapshot: Snapshot, record: Record, statistics: d
     :param snapshot: the snapshot, as its repository lists it.
     :param record: what the archive says of itself.
     :param statistics: the figures that `backup --json` prints.
+    """
+
+
+# -- hot restore -------------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def blockferry_restore_cache(source: Source, options: CacheOptions) -> AbstractContextManager[RestoreCache] | None:
+    """Return a context in which a hot restore's blocks are cached. Stops at the first answer.
+
+    :param source: what is in the repository, fetched by units.
+    :param options: what is restored, and where its blocks are to be kept.
     """
 
 

@@ -131,6 +131,16 @@ def writers(devices: set[Numbers], path: str = "") -> tuple[list[str], bool]:
     return sorted(found), all_seen
 
 
+def holders_and_mounts(device: Numbers) -> list[str]:
+    """Return what has a device, or a partition of it: mounts, swap, devices on top of it; a phrase each."""
+    found = []
+    for part in (device, *_partitions(device)):
+        mounts = [mount for mount in all_mounts() if mount.device == part]
+        found += [f"{device_name(part)} is mounted at {mount.point}" for mount in mounts]
+        found += _holders(part)
+    return found
+
+
 def device_name(device: Numbers) -> str:
     """Return the path of a block device, by the kernel's own name for it."""
     try:
@@ -173,7 +183,8 @@ def _take_parts(device: Numbers, taken: Claim, opened: contextlib.ExitStack) -> 
         before = len(taken.mounts)
         users = [user for part in _partitions(device) for user in _take(part, taken, opened)]
         if users or len(taken.mounts) == before:
-            return users or _holders(device)
+            unknown = f"{device_name(device)} is held by a process, or mounted in another namespace"
+            return users or _holders(device) or [unknown]
     descriptor = os.open(device_name(device), taken.access | os.O_CLOEXEC)
     opened.callback(os.close, descriptor)
     taken.descriptors[device] = descriptor
@@ -192,7 +203,7 @@ def _holders(device: Numbers) -> list[str]:
         with contextlib.suppress(OSError):
             if _device_number(os.stat(line.split()[0])) == device:
                 found.append(f"{name} is swap space")
-    return found or [f"{name} is held by a process, or mounted in another namespace"]
+    return found
 
 
 def _open_for_writing(process: Path, descriptor: Path) -> bool:

@@ -48,6 +48,15 @@ def syncfs(descriptor: int) -> None:
     _checked(_libc.syncfs(descriptor))
 
 
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def rename_new(source: str, target: str) -> None:
     """Rename a file to a name that is not taken; raise FileExistsError if it is.
 

@@ -8,6 +8,7 @@ import pluggy
 
 from blockferry import hookspecs
 from blockferry.errors import UsageError
+from blockferry.repository import Repository
 
 BUILTIN = (
     # A plugin registered later is asked earlier: each list reads from the last resort to the first choice.
@@ -28,6 +29,7 @@ BUILTIN = (
     "blockferry.used.xfs.reader",
     "blockferry.used.ext4.reader",
     "blockferry.used.fsmap",
+    "blockferry.hot.onto_target",
 )
 
 
@@ -51,3 +53,21 @@ def plugin_manager() -> pluggy.PluginManager:
             f"a plugin cannot be loaded: {error}", remedy="Upgrade or uninstall the package that brings it."
         ) from error
     return manager
+
+
+def repository_named(manager: pluggy.PluginManager, reference: str) -> Repository:
+    """Return the repository that a reference names; raise UsageError if no plugin knows such references."""
+    repository: Repository | None = manager.hook.blockferry_open_repository(reference=reference)
+    if repository is None:
+        raise UsageError(
+            f"{mask(reference)}: not a repository reference",
+            remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
+        )
+    return repository
+
+
+def mask(reference: str) -> str:
+    """Return a reference without the user name and password that a URL in it may carry."""
+    scheme, separator, rest = reference.partition("://")
+    host = rest.split("/", 1)[0]
+    return f"{scheme}{separator}***@{rest.split('@', 1)[1]}" if separator and "@" in host else reference

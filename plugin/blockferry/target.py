@@ -8,6 +8,7 @@ are, is zeroed at the first write and put back, as restored, at the very end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import logging
@@ -27,7 +28,7 @@ from blockferry.volume import Volume, loops_of, probe
 
 log = logging.getLogger(__name__)
 
-_HEAD = 1 << 20
+HEAD = 1 << 20
 """What is written last: all that blkid looks for at the start of a volume lies below (btrfs at 64 KiB is the last)."""
 
 _ZEROS = bytes(1 << 20)
@@ -89,7 +90,7 @@ class Target:
         """Fill the buffer with what the target holds at `offset`, to compare; what it lacks reads as zeros."""
         done = max(0, min(len(buffer), len(self._head) - offset))
         buffer[:done] = self._head[offset : offset + done]
-        with _explained(self.path, f"reading at {offset}"):
+        with explained(self.path, f"reading at {offset}"):
             while done < len(buffer):
                 count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
                 if not count:
@@ -98,7 +99,7 @@ class Target:
 
     def finish(self) -> None:
         """Make everything durable, the head last; only now the target is what was to be restored."""
-        with _explained(self.path, "writing"):
+        with explained(self.path, "writing"):
             os.fsync(self._descriptor)
             if self._head_withheld:
                 self._pwrite(0, memoryview(self._head))
@@ -113,7 +114,7 @@ class Target:
         if self._head and not self._head_withheld:
             self._head_withheld = True
             self._pwrite(0, memoryview(bytes(len(self._head))))
-            with _explained(self.path, "writing"):
+            with explained(self.path, "writing"):
                 os.fdatasync(self._descriptor)
 
     def _zero(self, start: int, end: int, *, must: bool) -> None:
@@ -146,7 +147,7 @@ class Target:
     def _write_zeros(self, start: int, end: int) -> None:
         """Write zeros where `[start, end)` is not a hole already."""
         while start < end:
-            with _explained(self.path, f"writing at {start}"):
+            with explained(self.path, f"writing at {start}"):
                 try:
                     start = max(start, os.lseek(self._descriptor, start, os.SEEK_DATA))
                 except OSError as error:
@@ -160,7 +161,7 @@ class Target:
             start += count
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
-        with _explained(self.path, f"writing {len(view)} bytes at {offset}"):
+        with explained(self.path, f"writing {len(view)} bytes at {offset}"):
             while view:
                 count = os.pwrite(self._descriptor, view, offset)
                 offset, view = offset + count, view[count:]
@@ -198,17 +199,17 @@ def _new_file(path: str, size: int) -> Iterator[Target]:
     final = Path(path)
     if final.is_symlink():
         raise TargetError(f"{path}: a symbolic link to nothing", remedy="Remove it, or make what it names.")
-    with _explained(path, "making the file"):
+    with explained(path, "making the file"):
         descriptor, temporary = tempfile.mkstemp(prefix=f".{final.name}.blockferry-", dir=final.parent)
     try:
-        with _explained(path, "making the file"):
+        with explained(path, "making the file"):
             os.ftruncate(descriptor, size)
         target = Target(path, descriptor, size, head=None)
         yield target
         if target.finished:
-            with _explained(path, "naming the file"):
+            with explained(path, "naming the file"):
                 kernel.rename_new(temporary, path)
-                _sync_directory(final.parent)
+                kernel.sync_directory(final.parent)
     finally:
         os.close(descriptor)
         Path(temporary).unlink(missing_ok=True)
@@ -216,7 +217,25 @@ def _new_file(path: str, size: int) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def _existing_file(path: str, size: int, *, force: bool, keep: bool) -> Iterator[Target]:
-    """Open a file that is there already, in place: its owner, mode and links stay."""
+    """Write to a file that is there already, in place: its owner, mode and links stay."""
+    with existing_file(path, size, force=force, keep=keep) as descriptor:
+        yield Target(path, descriptor, size, head=_read_head(path, descriptor, size))
+
+
+@contextlib.contextmanager
+def _device(path: str, size: int, *, force: bool) -> Iterator[Target]:
+    """Write to a block device; then have the kernel look at its partitions again."""
+    with claimed_device(path, size, force=force) as device:
+        head = _read_head(path, device.descriptor, size)
+        target = Target(path, device.descriptor, size, head=head, block_size=device.volume.block_size)
+        yield target
+        if target.finished:
+            device.announce(size)
+
+
+@contextlib.contextmanager
+def existing_file(path: str, size: int, *, force: bool, keep: bool) -> Iterator[int]:
+    """Open a file to write an image of `size` bytes to, and give its descriptor; with `keep` its content stays."""
     with contextlib.ExitStack() as held:
         descriptor = _open(path, held)
         _refuse_file_in_use(path, descriptor)
@@ -224,16 +243,38 @@ def _existing_file(path: str, size: int, *, force: bool, keep: bool) -> Iterator
         if length and not force:
             content = ", ".join([f"{length} bytes", *_signatures(path)])
             raise TargetError(f"{path}: holds {content} already", remedy="Write over it with --force.")
-        with _explained(path, "sizing the file"):
+        with explained(path, "sizing the file"):
             if not keep:
                 os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
-        yield Target(path, descriptor, size, head=_read_head(path, descriptor, size))
+        yield descriptor
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaimedDevice:
+    """A block device that is held exclusively for writing an image to it."""
+
+    volume: Volume
+    descriptor: int
+    claimed: Claim
+
+    def announce(self, size: int) -> None:
+        """Have the kernel forget what it knew of the content; say what a device larger than the image still needs."""
+        for descriptor in self.claimed.descriptors.values():
+            kernel.forget_pages(descriptor)
+            with contextlib.suppress(OSError):  # a partition, a loop device without partitions
+                kernel.reread_partitions(descriptor)
+        if self.volume.size > size and probe(self.volume.path).get("PTTYPE") == "gpt":
+            log.warning(
+                "%s is larger than the image: the backup of its partition table is not at its end; "
+                "`sgdisk --move-second-header` moves it there",
+                self.volume.path,
+            )
 
 
 @contextlib.contextmanager
-def _device(path: str, size: int, *, force: bool) -> Iterator[Target]:
-    """Open a block device, held exclusively to the end; then have the kernel look at its partitions again."""
+def claimed_device(path: str, size: int, *, force: bool) -> Iterator[ClaimedDevice]:
+    """Open a block device for an image of `size` bytes, held exclusively to the end."""
     volume = Volume.discover(path)
     if volume.size < size:
         raise TargetError(
@@ -248,25 +289,7 @@ def _device(path: str, size: int, *, force: bool) -> Iterator[Target]:
         content = _signatures(path)
         if content and not force:
             raise TargetError(f"{path}: holds {', '.join(content)}", remedy="Write over it with --force.")
-        head = _read_head(path, descriptor, size)
-        target = Target(path, descriptor, size, head=head, block_size=volume.block_size)
-        yield target
-        if target.finished:
-            _announce(volume, claimed, size)
-
-
-def _announce(volume: Volume, claimed: Claim, size: int) -> None:
-    """Have the kernel forget what it knew of a device's content; say what a larger device still needs."""
-    for descriptor in claimed.descriptors.values():
-        kernel.forget_pages(descriptor)
-        with contextlib.suppress(OSError):  # a partition, a loop device without partitions
-            kernel.reread_partitions(descriptor)
-    if volume.size > size and probe(volume.path).get("PTTYPE") == "gpt":
-        log.warning(
-            "%s is larger than the image: the backup of its partition table is not at its end; "
-            "`sgdisk --move-second-header` moves it there",
-            volume.path,
-        )
+        yield ClaimedDevice(volume, descriptor, claimed)
 
 
 def _refuse_file_in_use(path: str, descriptor: int) -> None:
@@ -307,27 +330,19 @@ def _signatures(path: str) -> list[str]:
 
 
 def _read_head(path: str, descriptor: int, size: int) -> bytearray:
-    with _explained(path, "reading the head"):
-        return bytearray(os.pread(descriptor, min(_HEAD, size), 0))
+    with explained(path, "reading the head"):
+        return bytearray(os.pread(descriptor, min(HEAD, size), 0))
 
 
 def _open(path: str, held: contextlib.ExitStack) -> int:
-    with _explained(path, "opening it for writing"):
+    with explained(path, "opening it for writing"):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     held.callback(os.close, descriptor)
     return descriptor
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def _explained(path: str, doing: str) -> Iterator[None]:
+def explained(path: str, doing: str) -> Iterator[None]:
     """Turn an OSError into a TargetError that says what failed and what to do."""
     try:
         yield

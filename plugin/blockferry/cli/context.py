@@ -15,7 +15,7 @@ import pluggy
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
 from blockferry.errors import UsageError
-from blockferry.manager import plugin_manager
+from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
 from blockferry.state import state_directory
 
@@ -39,13 +39,7 @@ class Context:
     def repository(self, reference: str | None) -> Iterator[Repository]:
         """Open the repository that a reference, or else the environment, names."""
         named = reference or reference_from_environment()
-        repository: Repository | None = self.manager.hook.blockferry_open_repository(reference=named)
-        if repository is None:
-            raise UsageError(
-                f"{mask(named)}: not a repository reference",
-                remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
-            )
-        with contextlib.closing(repository):
+        with contextlib.closing(repository_named(self.manager, named)) as repository:
             yield repository
 
     @contextlib.contextmanager
@@ -65,13 +59,6 @@ def reference_from_environment() -> str:
         said = "both BORG_REPO and RESTIC_REPOSITORY are set" if named else "no repository was named"
         raise UsageError(said, remedy="Say --repo borg:PATH-OR-URL or --repo restic:PATH-OR-URL.")
     return f"{named[0]}:"
-
-
-def mask(reference: str) -> str:
-    """Return a reference without the user name and password that a URL in it may carry."""
-    scheme, separator, rest = reference.partition("://")
-    host = rest.split("/", 1)[0]
-    return f"{scheme}{separator}***@{rest.split('@', 1)[1]}" if separator and "@" in host else reference
 
 
 def repository_option(function: Decorated) -> Decorated:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, backup, chains, inspect, restore, track
+from blockferry.cli import admin, backup, chains, hot, inspect, restore, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -40,6 +40,9 @@ for command in (
     inspect.show,
     restore.restore,
     restore.verify,
+    hot.attach,
+    hot.status,
+    hot.detach,
     chains.merge,
     chains.delete,
     track.track,

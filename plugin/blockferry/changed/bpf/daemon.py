@@ -32,20 +32,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
+import functools
 import logging
 import os
 import secrets
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from blockferry import service
 from blockferry.changed.bpf import protocol
 from blockferry.changed.bpf.device import Device, Numbers, numbers_of, uevents
 from blockferry.changed.bpf.program import Generation, LostError, require
@@ -59,9 +58,6 @@ _LOOK_EVERY = 2.0
 _RENEW_AFTER = 900.0
 """Seconds for which a generation may be the newest. Reading a full map takes seconds, starting bpftrace one."""
 _MOST_EXTENTS = 8_000_000
-_PATIENCE = 10.0
-"""Seconds for a question to come, once somebody has connected."""
-_PATIENCE_TO_START = 180.0
 
 
 class Tracking:
@@ -147,11 +143,11 @@ class Tracking:
 
     def _refuse_unknown(self, session: object, since: int) -> None:
         if session != self.session:
-            raise protocol.DeclinedError("tracking was stopped and started again since that snapshot")
+            raise service.DeclinedError("tracking was stopped and started again since that snapshot")
         if since <= self.void_until:
-            raise protocol.DeclinedError(self.void_because)
+            raise service.DeclinedError(self.void_because)
         if since not in self.checkpoints:
-            raise protocol.DeclinedError("what was written since that snapshot is not kept any more")
+            raise service.DeclinedError("what was written since that snapshot is not kept any more")
 
     def _look_at_device(self) -> None:
         """Declare all void if the device is not what it was; raise BlockferryError if it cannot be tracked now."""
@@ -229,16 +225,18 @@ def serve(path: str) -> None:
         raise BlockferryError("only root can track a device", remedy="Use sudo.")
     require()
     numbers = numbers_of(path)
-    protocol.make_runtime_directory()
+    service.make_runtime_directory(protocol.KIND)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    taken = NotNowError(f"{path}: is being tracked already", remedy=f"blockferry track stop {path}")
+    place = protocol.socket_path(numbers)
     try:
         with (
-            _only_one(numbers, path),
+            service.only_one(place, taken),
             contextlib.closing(Tracking(path, numbers)) as tracking,
-            _listening(numbers) as listener,
+            service.listening(place) as listener,
         ):
-            _notify(b"READY=1")
+            service.notify_systemd(b"READY=1")
             log.info("%s: what is written to it is being tracked", path)
             _answer_all(tracking, listener)
     except _StopError:
@@ -251,26 +249,8 @@ def detach(path: str) -> dict[str, Any]:
     Raise BlockferryError, with what that process said, if the device cannot be tracked.
     """
     numbers = numbers_of(path)
-    with contextlib.suppress(protocol.NotTrackedError):
-        return protocol.ask(numbers, {"do": "status"})[0]
-    protocol.make_runtime_directory()
-    words_of = protocol.socket_path(numbers).with_suffix(".log")
-    with words_of.open("wb") as words:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "blockferry.changed.bpf.daemon", path],
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + _PATIENCE_TO_START
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(protocol.NotTrackedError):
-            return protocol.ask(numbers, {"do": "status"})[0]
-        time.sleep(0.05)
-    process.kill()
-    message, _, remedy = words_of.read_text(errors="replace").strip().partition("\n")
-    raise BlockferryError(message or f"{path}: tracking did not start", remedy=remedy.strip())
+    service.make_runtime_directory(protocol.KIND)
+    return service.start(["-m", "blockferry.changed.bpf.daemon", path], protocol.socket_path(numbers), name=path)
 
 
 def _answer_all(tracking: Tracking, listener: socket.socket) -> None:
@@ -278,78 +258,37 @@ def _answer_all(tracking: Tracking, listener: socket.socket) -> None:
         selector.register(listener, selectors.EVENT_READ)
         # A device-mapper table may say for a moment only that a snapshot is merged back: look as soon as it changes.
         selector.register(devices, selectors.EVENT_READ)
+        due = time.monotonic()
         while True:
-            ready = [key.fileobj for key, _events in selector.select(_LOOK_EVERY)]
+            ready = [key.fileobj for key, _events in selector.select(max(0.0, due - time.monotonic()))]
             if devices in ready:
                 with contextlib.suppress(OSError):  # nothing left, or more was said than there was room for
                     while devices.recv(1 << 16):
                         pass
-            if listener not in ready:
+            if devices in ready or time.monotonic() >= due:  # however many questions come
                 tracking.look()
                 tracking.renew()
-                continue
-            connection, _address = listener.accept()
-            with connection:
-                connection.settimeout(_PATIENCE)
-                # Whoever asked and went away, or asks nonsense, is no reason to end.
-                with contextlib.suppress(OSError, ValueError), connection.makefile("rwb") as stream:
-                    if protocol.peer_is_us(connection):
-                        question = protocol.read_line(stream)
-                        protocol.write_line(stream, *_answer(tracking, question))
-                        if question.get("do") == "stop":
-                            raise _StopError
+                due = time.monotonic() + _LOOK_EVERY
+            if listener in ready:
+                asked = service.answer_next(listener, functools.partial(_answer, tracking))
+                if asked.get("do") == "stop":
+                    raise _StopError
 
 
-def _answer(tracking: Tracking, question: dict[str, Any]) -> tuple[dict[str, Any], ExtentSet | None]:
+def _answer(tracking: Tracking, question: dict[str, Any]) -> service.Answer:
     """Return the answer to a question, and the extents that go with it."""
     session, generation = question.get("session"), question.get("generation")
-    try:
-        match question.get("do"):
-            case "checkpoint":
-                return tracking.checkpoint(), None
-            case "changed" if isinstance(generation, int):
-                return {}, tracking.changed(session, generation)
-            case "release" if isinstance(generation, int):
-                tracking.release(session, generation)
-                return {}, None
-            case "status" | "stop":
-                return tracking.status(), None
-    except BlockferryError as error:
-        return {"declined": error.message, "remedy": error.remedy}, None
-    return {"declined": "not a question that this version knows"}, None
-
-
-@contextlib.contextmanager
-def _only_one(numbers: Numbers, path: str) -> Iterator[None]:
-    """Hold the right to track a device, which the kernel takes back when we die; raise NotNowError if it is taken."""
-    with protocol.socket_path(numbers).with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NotNowError(f"{path}: is being tracked already", remedy=f"blockferry track stop {path}") from None
-        yield
-
-
-@contextlib.contextmanager
-def _listening(numbers: Numbers) -> Iterator[socket.socket]:
-    """Listen; the socket goes away with us, unless we are killed."""
-    place = protocol.socket_path(numbers)
-    place.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fspath(place))
-        try:
-            listener.listen()
-            yield listener
-        finally:
-            place.unlink(missing_ok=True)
-
-
-def _notify(state: bytes) -> None:
-    """Tell systemd of a state, if it is systemd that started us."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            systemd.sendto(state, "\0" + address[1:] if address.startswith("@") else address)
+    match question.get("do"):
+        case "checkpoint":
+            return tracking.checkpoint(), b""
+        case "changed" if isinstance(generation, int):
+            return {}, protocol.bytes_of(tracking.changed(session, generation))
+        case "release" if isinstance(generation, int):
+            tracking.release(session, generation)
+            return {}, b""
+        case "status" | "stop":
+            return tracking.status(), b""
+    raise service.DeclinedError("not a question that this version knows")
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
@@ -363,7 +302,7 @@ def _main() -> int:
     try:
         serve(sys.argv[1])
     except BlockferryError as error:
-        print(error, file=sys.stderr)  # noqa: T201  # who started us shows it
+        service.last_words(error)
         return error.exit_code
     return 0
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from blockferry.changed.bpf.device import numbers_of
-from blockferry.changed.bpf.protocol import DeclinedError, NotTrackedError, ask
+from blockferry.changed.bpf.protocol import NotTrackedError, ask
 from blockferry.errors import BlockferryError
 from blockferry.hookspecs import ChangedBlocks, Checkpoint, Declined, hookimpl
+from blockferry.service import DeclinedError
 from blockferry.volume import Volume
 
 NAME = "bpf"

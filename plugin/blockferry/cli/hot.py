@@ -1,0 +1,213 @@
+"""`blockferry attach`, `status` and `detach`: a volume that is usable while it is restored."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from blockferry import service
+from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
+from blockferry.cli.output import Listing
+from blockferry.errors import BlockferryError, UsageError
+from blockferry.hot import attachment, daemon
+from blockferry.hot.daemon import Request
+from blockferry.volume import default_name
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    """Return a number of bytes, which stands by itself or with K, M, G or T: powers of 1024."""
+    if text is None:
+        return None
+    plain = text.upper().removesuffix("B").removesuffix("I")
+    unit = plain[-1:] if plain[-1:] in "KMGT" else ""
+    try:
+        number = int(float(plain.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        number = 0
+    if number <= 0:
+        raise click.BadParameter(f"{text!r} is not a number of bytes such as 500M or 2G")
+    return number
+
+
+@click.command()
+@click.argument("snapshot")
+@click.argument("target", required=False)
+@repository_option
+@click.option("--name", default="", help="What to call it; else the end of the target's path.")
+@click.option("--force", is_flag=True, help="Overwrite a target that holds something.")
+@click.option("--rate", callback=parse_bytes, metavar="BYTES", help="Bring in at most so many bytes a second: 20M.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=Request.patience,
+    show_default=True,
+    metavar="SECONDS",
+    help="Wait so long for a repository that does not answer before reads fail.",
+)
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Read so much at a time; else one a processor.")
+@click.option("--foreground", is_flag=True, help="Stay, until SIGTERM or `detach`: for systemd.")
+@json_option
+@click.pass_obj
+def attach(
+    context: Context,
+    snapshot: str,
+    target: str | None,
+    reference: str | None,
+    name: str,
+    force: bool,
+    rate: int | None,
+    patience: float,
+    threads: int,
+    foreground: bool,
+) -> None:
+    """Make SNAPSHOT usable at once, as a disk, while it is brought back to TARGET, a block device or a file.
+
+    Prints the device, which can be mounted and written to. What is written is on TARGET, which is the whole volume when
+    all is there. The same command goes on with a restore that was interrupted.
+
+    \b
+    Example:
+      blockferry attach latest /dev/sdb --repo borg:ssh://nas/./volumes
+    """
+    if not target:
+        raise UsageError("nowhere to restore to", remedy="Name a device or file as the target.")
+    request = Request(
+        name=name or default_name(target),
+        reference=reference or reference_from_environment(),
+        snapshot=snapshot,
+        target=os.path.realpath(target),
+        force=force,
+        rate=rate,
+        patience=patience,
+        threads=threads,
+    )
+    attachment.directory_of(request.name)
+    if foreground:
+        daemon.serve(request)
+        return
+    began = time.monotonic()
+    said = daemon.detach(request)
+    said["seconds"] = round(time.monotonic() - began, 3)
+    context.output.result({"version": 1, **said}, lambda: _sentence(said))
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+@click.pass_obj
+def status(context: Context, name: str | None) -> None:
+    """Say how far the restore NAME is, or all of them.
+
+    \b
+    Example:
+      blockferry status sdb
+    """
+    found = [_status(each) for each in ([name] if name else _names())]
+    data: dict[str, Any] = {"version": 1, "restores": found} if name is None else {"version": 1, **found[0]}
+
+    def listing() -> Listing:
+        columns = ("name", "snapshot", "device", "target", "there", "of", "written", "rate", "state")
+        return Listing(columns, [_row(each) for each in found])
+
+    context.output.result(data, listing)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Although the disk is in use: what is not synced is lost.")
+@click.option("--forget", is_flag=True, help="Forget how far it was: it cannot be gone on with.")
+@json_option
+@click.pass_obj
+def detach(context: Context, name: str, force: bool, forget: bool) -> None:
+    """Take the disk NAME away. What is on its target stays; `attach` goes on with it.
+
+    When all is there, the target alone is the volume, and nothing is kept of the restore.
+
+    \b
+    Example:
+      blockferry detach sdb
+    """
+    known = attachment.load(name)
+    said: dict[str, Any] = {"name": name}
+    try:
+        said = daemon.ask(name, {"do": "detach", "force": force})
+        _wait_until_gone(name)
+    except service.NobodyThereError:
+        if not known:
+            raise
+    known = attachment.load(name)
+    finished = known is not None and known.finished
+    if known and (finished or forget):
+        known.forget()
+
+    def sentence() -> str:
+        if finished:
+            return f"{name}: {known.target if known else ''} is the volume, whole and by itself"
+        if forget:
+            return f"{name}: detached and forgotten"
+        return f"{name}: detached; the same `blockferry attach` goes on with it"
+
+    context.output.result({"version": 1, **said, "finished": finished}, sentence)
+
+
+def _names() -> list[str]:
+    return sorted({*daemon.running(), *(each.name for each in attachment.load_all())})
+
+
+def _status(name: str) -> dict[str, Any]:
+    """Return what the process of a restore says, or what is known without one."""
+    try:
+        return {"state": "attached", **daemon.ask(name, {"do": "status"})}
+    except service.NobodyThereError as error:
+        known = attachment.load(name)
+        if known is None:
+            raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
+        state = "complete" if known.finished else "broken off" if error.broken_off else "detached"
+        return {
+            "state": state,
+            "name": name,
+            "snapshot": known.snapshot,
+            "device": "",
+            "path": "",
+            "target": known.target,
+            "size": known.size,
+            "total": known.total,
+            "finished": known.finished,
+        }
+
+
+def _row(said: dict[str, Any]) -> tuple[str, ...]:
+    state = said["state"]
+    if said.get("repository") == "waiting":
+        state = "waiting for the repository"
+    if said.get("unreadable"):
+        state += f", {len(said['unreadable'])} places unreadable"
+    if said.get("failure"):
+        state += f": {said['failure']}"
+    if said.get("finished"):
+        state = "complete"
+    sizes = [decimal(said[key]) if key in said else "" for key in ("hydrated", "total", "dirty", "rate")]
+    return (said["name"], said["snapshot"], said["device"], said.get("target", ""), *sizes[:3], f"{sizes[3]}/s", state)
+
+
+def _sentence(said: dict[str, Any]) -> str:
+    lines = [
+        f"{said['name']}: snapshot {said['snapshot']} is at {said['device']}, in {said['seconds']:.1f} s",
+        f"  mount {said['device']} /mnt; `blockferry status {said['name']}` says how far it is",
+    ]
+    return "\n".join(lines)
+
+
+def _wait_until_gone(name: str) -> None:
+    """Wait until the process of a restore has let go of everything: it holds the lock to its end."""
+    place: Path = daemon.socket_path(name)
+    with contextlib.suppress(FileNotFoundError):
+        service.wait_until_free(place)

@@ -1,0 +1,1 @@
+"""Hot restore: a volume that is usable while it is brought back from a repository."""

@@ -1,0 +1,293 @@
+"""The process that keeps one hot restore: it shows the disk, fills it, and answers on a socket until it is told to end.
+
+What it is to do comes as a line of JSON on standard input, where a reference may hold credentials; what it opens the
+repository with comes in the environment, as for every command.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pluggy
+
+from blockferry import service
+from blockferry.chain import Chain, trace
+from blockferry.errors import BlockferryError, NotNowError, UsageError
+from blockferry.hookspecs import CacheOptions
+from blockferry.hot import attachment, disk
+from blockferry.hot.cache import RestoreCache, TargetCache
+from blockferry.hot.hydration import Hydration
+from blockferry.hot.source import Source
+from blockferry.manager import plugin_manager, repository_named
+from blockferry.repository import Repository
+from blockferry.snapshot import Snapshot, find
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 0.2
+"""Seconds between two looks at whether all is there."""
+_RATE_OVER = 5.0
+"""Seconds over which the rate is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a hot restore is to be."""
+
+    name: str
+    reference: str
+    snapshot: str
+    """As the user named it."""
+    target: str = ""
+    buffer: str = ""
+    buffer_size: int = 0
+    force: bool = False
+    rate: float | None = None
+    """Bytes a second, at most, for hydration."""
+    patience: float = 300.0
+    """Seconds for which a repository that does not answer is waited for."""
+    threads: int = 0
+    """How many reads for hydration are under way at a time; 0: as many as there are processors."""
+
+
+def socket_path(name: str) -> Path:
+    """Return where the process of a hot restore listens."""
+    return service.runtime_directory(attachment.KIND) / f"{name}.socket"
+
+
+def running() -> list[str]:
+    """Return the names for which there is a socket."""
+    return sorted(path.stem for path in service.runtime_directory(attachment.KIND).glob("*.socket"))
+
+
+def ask(name: str, question: dict[str, Any]) -> dict[str, Any]:
+    """Ask the process of a hot restore; raise service.NobodyThereError if there is none."""
+    return service.ask(socket_path(name), question, name=name)[0]
+
+
+def detach(request: Request) -> dict[str, Any]:
+    """Have a process of its own do what is asked; return its status as soon as the disk can be used."""
+    service.make_runtime_directory(attachment.KIND)
+    told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
+    return service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+
+
+def serve(request: Request) -> None:
+    """Show the disk until somebody says `detach`, or SIGTERM or SIGINT comes. Tells systemd when it is there."""
+    service.make_runtime_directory(attachment.KIND)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    place = socket_path(request.name)
+    taken = NotNowError(f"{request.name}: is attached already", remedy=f"blockferry detach {request.name}")
+    manager = plugin_manager()
+    try:
+        with (
+            service.only_one(place, taken),
+            contextlib.closing(repository_named(manager, request.reference)) as repository,
+            _restoring(manager, repository, request) as restoring,
+            service.listening(place) as listener,
+        ):
+            service.notify_systemd(b"READY=1")
+            restoring.keep(listener)
+    except _StopError:
+        return
+
+
+class _StopError(BaseException):
+    """Somebody asked us to end."""
+
+
+class Restoring:
+    """A hot restore that is under way."""
+
+    def __init__(
+        self, manager: pluggy.PluginManager, request: Request, snapshot: Snapshot, source: Source, cache: RestoreCache
+    ) -> None:
+        self.manager = manager
+        self.request = request
+        self.snapshot = snapshot
+        self.source = source
+        self.cache = cache
+        self.path = Path()
+        self.device = ""
+        self.began = time.monotonic()
+        self.failure = ""
+        self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
+        self.hydration: Hydration | None = None
+        if isinstance(cache, TargetCache) and not cache.about.finished:
+            threads = request.threads or os.cpu_count() or 1
+            self.hydration = Hydration(cache, threads=threads, rate=request.rate)
+
+    def keep(self, listener: socket.socket) -> None:
+        """Answer questions, and put the target in its final state when all is there; until _StopError."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while True:
+                if selector.select(_LOOK_EVERY if self.hydration else None):
+                    service.answer_next(listener, self._answer)
+                self.samples.append((time.monotonic(), self.source.bytes_fetched))
+                if self.hydration and self.hydration.complete.is_set() and not self.failure:
+                    self._finish()
+
+    def _finish(self) -> None:
+        cache = self.cache
+        assert isinstance(cache, TargetCache)  # noqa: S101  # only that is hydrated
+        try:
+            cache.finish()
+        except BlockferryError as error:
+            self.failure = error.message
+            log.error("%s", error)
+            return
+        self.hydration = None
+        log.info("%s: all of snapshot %s is there", cache.about.target, self.snapshot.id)
+        self.manager.hook.blockferry_restore_finished(
+            snapshot=self.snapshot, target=cache.about.target, statistics=self.status()
+        )
+
+    def _answer(self, question: dict[str, Any]) -> service.Answer:
+        match question.get("do"):
+            case "status":
+                return self.status(), b""
+            case "detach":
+                users = disk.users_of(self.path)
+                if users and not question.get("force"):
+                    told = f"{self.request.name}: in use: {'; '.join(users)}"
+                    raise service.DeclinedError(told, remedy="Unmount it.")
+                # Ends the main thread's loop once the answer is on its way.
+                threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
+                return self.status(), b""
+        raise service.DeclinedError("not a question that this version knows")
+
+    def status(self) -> dict[str, Any]:
+        """Return the figures that `attach --json` and `status --json` print; sizes in bytes."""
+        said: dict[str, Any] = {
+            "name": self.request.name,
+            "snapshot": self.snapshot.id,
+            "device": self.device,
+            "path": os.fspath(self.path),
+            "size": self.cache.size,
+            "seconds": round(time.monotonic() - self.began, 3),
+            "fetched": self.source.bytes_fetched,
+            "rate": self._rate(),
+            "repository": "waiting" if self.source.down_since else "reachable",
+            "process": os.getpid(),
+            "failure": self.failure,
+        }
+        return said | self.cache.status() | {"unreadable": self._unreadable()}
+
+    def _rate(self) -> int:
+        """Return how many bytes a second were fetched lately."""
+        if len(self.samples) < 2:
+            return 0
+        (began, before), (ended, after) = self.samples[0], self.samples[-1]
+        return round((after - before) / (ended - began))
+
+    def _unreadable(self) -> list[list[int]]:
+        """Return (start, length) of what could not be had."""
+        numbers = set(self.source.damaged) | set(self.hydration.unreadable() if self.hydration else [])
+        return [[number * self.source.unit, self.source.length(number)] for number in sorted(numbers)]
+
+
+@contextlib.contextmanager
+def _restoring(manager: pluggy.PluginManager, repository: Repository, request: Request) -> Iterator[Restoring]:
+    """Open the snapshot and the cache, show the disk, and hydrate it, for the length of the context."""
+    listed = repository.snapshots()
+    snapshot = find(listed, _named(request))
+    chain = trace(repository, snapshot, listed)
+    record = chain.newest.record
+    with (
+        contextlib.closing(_source(repository, chain, request)) as source,
+        _cache(manager, source, _options(repository, chain, request)) as cache,
+        disk.shown(cache, request.name) as path,
+        disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as device,
+    ):
+        restoring = Restoring(manager, request, snapshot, source, cache)
+        restoring.path, restoring.device = path, device
+        if restoring.hydration:
+            restoring.hydration.start()
+        try:
+            yield restoring
+        finally:
+            if restoring.hydration:
+                restoring.hydration.stop()
+
+
+def _named(request: Request) -> str:
+    """Return the snapshot that is meant: `latest` is the one that is being restored already, if one is."""
+    known = attachment.load(request.name) if request.target else None
+    same_target = known is not None and known.target == request.target
+    return known.snapshot if known and same_target and request.snapshot == "latest" else request.snapshot
+
+
+def _source(repository: Repository, chain: Chain, request: Request) -> Source:
+    """Return the snapshot's image, read by one more reader than hydration has: who waits need not wait for it."""
+    threads = request.threads or os.cpu_count() or 1
+    return Source(
+        chain.open(repository),
+        lambda: chain.open(repository),
+        chain.newest.record.unit,
+        readers=threads + 1,
+        patience=request.patience,
+        shared="parallel" in repository.capabilities,
+    )
+
+
+def _options(repository: Repository, chain: Chain, request: Request) -> CacheOptions:
+    record = chain.newest.record
+    return CacheOptions(
+        name=request.name,
+        repository=repository.reference,
+        snapshot=chain.newest.snapshot.id,
+        target=request.target,
+        block_size=record.block_size,
+        zeros_are_content=record.zeros_are_content,
+        force=request.force,
+        buffer=request.buffer,
+        buffer_size=request.buffer_size,
+    )
+
+
+def _cache(
+    manager: pluggy.PluginManager, source: Source, options: CacheOptions
+) -> contextlib.AbstractContextManager[RestoreCache]:
+    opened: contextlib.AbstractContextManager[RestoreCache] | None
+    opened = manager.hook.blockferry_restore_cache(source=source, options=options)
+    if opened is None:
+        raise UsageError("nowhere to restore to", remedy="Name a target, or a directory for a --buffer.")
+    return opened
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise _StopError
+
+
+def _main() -> int:
+    """Do what standard input says, away from any terminal; say what went wrong on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        request = Request(**json.loads(sys.stdin.readline()))
+        os.chdir("/")
+        serve(request)
+    except BlockferryError as error:
+        service.last_words(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,151 @@
+"""The disk that a hot restore shows: one file through FUSE, and a loop device on it, which any filesystem mounts from.
+
+The loop device reads and writes past the page cache (`losetup --direct-io`), so that what is acknowledged to the
+filesystem has reached the cache, and nothing is kept twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from blockferry.errors import BlockferryError
+from blockferry.fuse import mounted
+from blockferry.fuse_tree import Node
+from blockferry.hot.cache import RestoreCache
+from blockferry.inuse import device_name, holders_and_mounts
+from blockferry.programs import find
+from blockferry.volume import loops_of
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "disk"
+_ROOT = Node(1, True, 0, 0)
+_PR_SET_IO_FLUSHER = 57
+_PATIENCE = 10.0
+"""Seconds for a loop device to go away."""
+
+
+class ReadOnlyDisk:
+    """A tree of one file that shows a cache."""
+
+    def __init__(self, cache: RestoreCache) -> None:
+        self.cache = cache
+        self._file = Node(2, False, cache.size, 0)
+
+    def node(self, path: str) -> Node:
+        """Return the root or the file."""
+        if path == "/":
+            return _ROOT
+        if path == f"/{FILE_NAME}":
+            return self._file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def children(self, _path: str) -> Iterable[tuple[str, Node]]:
+        """Return the file."""
+        return [(FILE_NAME, self._file)]
+
+    def open(self, path: str) -> int:
+        """Return the file's only handle."""
+        return self.node(path).inode
+
+    def read_into(self, _handle: int, offset: int, buffer: memoryview) -> int:
+        """Read from the cache."""
+        count = max(0, min(len(buffer), self.cache.size - offset))
+        with _as_errno():
+            self.cache.read_into(offset, buffer[:count])
+        return count
+
+    def seek(self, _handle: int, _offset: int, _whence: int) -> int:
+        """Know of no holes."""
+        raise OSError(errno.ENOSYS, "no holes")
+
+
+class Disk(ReadOnlyDisk):
+    """A tree of one file that can be written to as well."""
+
+    def write_from(self, _handle: int, offset: int, data: memoryview) -> None:
+        """Write to the cache."""
+        if offset + len(data) > self.cache.size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        with _as_errno():
+            self.cache.write(offset, data)
+
+    def zero(self, _handle: int, offset: int, length: int) -> None:
+        """Discard."""
+        with _as_errno():
+            self.cache.zero(offset, min(length, self.cache.size - offset))
+
+    def sync(self, _handle: int) -> None:
+        """Make what was written durable."""
+        with _as_errno():
+            self.cache.sync()
+
+
+@contextlib.contextmanager
+def shown(cache: RestoreCache, name: str) -> Iterator[Path]:
+    """Show a cache as a file for the length of the context, and give its path."""
+    _become_flusher()
+    tree = Disk(cache) if cache.writable else ReadOnlyDisk(cache)
+    with mounted(tree, name=f"hot-{name}") as directory:
+        yield directory / FILE_NAME
+
+
+@contextlib.contextmanager
+def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
+    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more."""
+    losetup = find("losetup", "mount")
+    command = [losetup, "--find", "--show", "--partscan", "--direct-io=on", f"--sector-size={block_size}"]
+    if read_only:
+        command.append("--read-only")
+    done = subprocess.run([*command, os.fspath(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BlockferryError(
+            f"{path}: no loop device can be had: {done.stderr.strip()}",
+            remedy="Load the kernel module (modprobe loop).",
+        )
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        detach_loops(path)
+
+
+def detach_loops(path: Path) -> None:
+    """Detach every loop device on a file, and wait until they are gone; those in use go when they are not any more."""
+    deadline = time.monotonic() + _PATIENCE
+    while (loops := loops_of(os.fspath(path))) and time.monotonic() < deadline:
+        for loop in loops:
+            name = device_name(loop.device)
+            subprocess.run([find("losetup", "mount"), "--detach", name], capture_output=True, check=False)
+        time.sleep(0.02)
+
+
+def users_of(path: Path) -> list[str]:
+    """Return who uses the loop devices on a file: their mounts and holders, a phrase each."""
+    return [user for loop in loops_of(os.fspath(path)) for user in holders_and_mounts(loop.device)]
+
+
+@contextlib.contextmanager
+def _as_errno() -> Iterator[None]:
+    """Turn what a cache raises into EIO for who uses the disk."""
+    try:
+        yield
+    except BlockferryError as error:
+        log.error("%s", error.message)
+        raise OSError(errno.EIO, error.message) from None
+
+
+def _become_flusher() -> None:
+    """Tell the kernel that this process is needed to write out dirty pages (prctl(2), PR_SET_IO_FLUSHER).
+
+    Else it could be made to wait for room that only it can make. Needs CAP_SYS_RESOURCE; without it all is as usual.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)

@@ -1,0 +1,176 @@
+"""Bringing a volume back behind its user's back: what was just missed and its neighbourhood first, then in disk order.
+
+It stands back while the disk is in use: after each read of its own it rests for as long as keeps its share small. What
+a user who reads in sequence is about to need is fetched without rest: that is the user's own work, done early.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+
+from blockferry.errors import BlockferryError
+from blockferry.hot.cache import TargetCache
+from blockferry.hot.source import UnavailableError
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 8 << 20
+"""Bytes that are read at a time: a few units, so that asking for them costs little."""
+_AHEAD = 16 << 20
+"""How far ahead of somebody who reads in sequence, and around who does not."""
+_IN_USE = 0.1
+"""Seconds since the last request for which the disk counts as in use."""
+_SHARE = 1 / 8
+"""Of the time, for hydration, while the disk is in use."""
+_LONGEST_REST = 2.0
+_AGAIN = 30.0
+"""Seconds until what could not be had is tried again."""
+
+
+class Hydration:
+    """The threads that fill a target. `finished` is called once, by one of them, when all is there."""
+
+    def __init__(self, cache: TargetCache, *, threads: int, rate: float | None) -> None:
+        """Read with so many threads at a time, at most `rate` bytes a second."""
+        self.cache = cache
+        self.complete = threading.Event()
+        self._rate = rate
+        self._allowed_at = time.monotonic()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._position = 0
+        self._urgent: collections.deque[int] = collections.deque()
+        self._near: collections.deque[int] = collections.deque()
+        self._taken: set[int] = set()
+        self._failed: dict[int, float] = {}
+        self._per_window = max(_WINDOW // cache.unit, 1)
+        self._threads = [
+            threading.Thread(target=self._run, args=[index], name=f"hydrate {index}", daemon=True)
+            for index in range(threads)
+        ]
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End, after what is being read."""
+        self._stop.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def unreadable(self) -> list[int]:
+        """Return the units that could not be had."""
+        return sorted(self._failed)
+
+    def _run(self, index: int) -> None:
+        while not self._stop.is_set() and not self.complete.is_set():
+            with self._lock:
+                first, end, urgent = self._next(alone=index == 0)
+                self._taken.update(range(first, end))
+            began = time.monotonic()
+            if first == end:
+                self._stop.wait(0.02)
+                continue
+            try:
+                self._fill(first, end)
+            finally:
+                with self._lock:
+                    self._taken.difference_update(range(first, end))
+            if not urgent:
+                self._rest(time.monotonic() - began, (end - first) * self.cache.unit)
+
+    def _next(self, *, alone: bool) -> tuple[int, int, bool]:
+        """Return units to fill, and whether somebody is about to need them; (0, 0) if there are none now."""
+        self._look_at_misses()
+        while self._urgent:
+            number = self._urgent.popleft()
+            if not self._is_done(number):
+                return number, number + 1, True
+        if self._in_use() and not alone:
+            return 0, 0, False
+        while self._near:
+            number = self._near.popleft()
+            if not self._is_done(number):
+                return number, number + 1, False
+        return *self._in_order(1 if self._in_use() else self._per_window), False
+
+    def _look_at_misses(self) -> None:
+        """Queue what follows a miss; only the latest ones count."""
+        ahead = max(_AHEAD // self.cache.unit, 1)
+        last = -(-self.cache.size // self.cache.unit)
+        while not self.cache.activity.wanted.empty():
+            number, in_sequence = self.cache.activity.wanted.get()
+            following = range(number + 1, min(number + 1 + ahead, last))
+            if in_sequence:
+                self._urgent = collections.deque(following)
+            else:
+                self._near = collections.deque(following)
+
+    def _in_order(self, most: int) -> tuple[int, int]:
+        """Return the next run of units that are missing, of at most `most`."""
+        first = self._missing_from(self._position)
+        if first < 0:
+            first = self._missing_from(0)
+        if first < 0:
+            if not self._taken and self.cache.next_missing(0) < 0:
+                self.complete.set()
+            return 0, 0
+        end = first + 1
+        while end - first < most and self.cache.next_missing(end) == end and not self._is_done(end):
+            end += 1
+        self._position = end
+        return first, end
+
+    def _missing_from(self, number: int) -> int:
+        """Return the first unit from `number` on that is missing and that nobody works on or failed to get; or -1."""
+        number = self.cache.next_missing(number)
+        while number >= 0 and self._is_done(number):
+            number = self.cache.next_missing(number + 1)
+        return number
+
+    def _is_done(self, number: int) -> bool:
+        failed = self._failed.get(number)
+        waits = failed is not None and time.monotonic() - failed < _AGAIN
+        return self.cache.is_whole(number) or number in self._taken or waits
+
+    def _fill(self, first: int, end: int) -> None:
+        """Fill units; those that cannot be had are remembered."""
+        try:
+            contents = self.cache.source.fetch(first, end)
+        except UnavailableError as error:
+            if end - first > 1:
+                for number in range(first, end):
+                    self._fill(number, number + 1)
+                return
+            log.warning("hydration: %s", error.message)
+            self._failed[first] = time.monotonic()
+            return
+        try:
+            for number, content in zip(range(first, end), contents, strict=True):
+                self.cache.fill(number, content)
+                self._failed.pop(number, None)
+        except BlockferryError as error:
+            log.error("hydration: %s", error)
+            for number in range(first, end):
+                if not self.cache.is_whole(number):
+                    self._failed[number] = time.monotonic()
+
+    def _in_use(self) -> bool:
+        return time.monotonic() - self.cache.activity.latest < _IN_USE
+
+    def _rest(self, worked: float, count: int) -> None:
+        """Wait for as long as the user's rate asks for, and the disk's users."""
+        if self._rate:
+            with self._lock:
+                self._allowed_at = max(self._allowed_at, time.monotonic() - 1) + count / self._rate
+                pause = self._allowed_at - time.monotonic()
+            if pause > 0:
+                self._stop.wait(pause)
+        if self._in_use():
+            self._stop.wait(min(worked * (1 / _SHARE - 1), _LONGEST_REST))

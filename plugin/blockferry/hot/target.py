@@ -1,0 +1,176 @@
+"""The device or file that is being filled while it is in use.
+
+What is half restored must not look like a volume: after a crash somebody's fstab, or udev, would mount it. So its head,
+where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there,
+and on the target are zeros. `finish` puts it in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from blockferry import kernel
+from blockferry.errors import TargetError
+from blockferry.target import HEAD, claimed_device, existing_file, explained
+
+_ZEROS = bytes(1 << 20)
+
+
+class HotTarget:
+    """Bytes of a target, read and written at offsets by several threads. Errors are TargetError."""
+
+    def __init__(
+        self, path: str, descriptor: int, size: int, *, head: int | None, block_size: int, blank: bool
+    ) -> None:
+        """Borrow the descriptors. `head` is the file that has the first bytes, None when they are in their place.
+
+        `blank`: what was never written reads as zeros.
+        """
+        self.path = path
+        self.size = size
+        self.blank = blank
+        self._descriptor = descriptor
+        self._head = head
+        self._head_size = min(HEAD, size) if head is not None else 0
+        self._head_lock = threading.Lock()
+        self._block_size = block_size
+        self._punches = True
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with what was written at `offset`."""
+        for descriptor, start, piece in self._places(offset, buffer):
+            done = 0
+            with explained(self.path, f"reading {len(piece)} bytes at {start}"):
+                while done < len(piece):
+                    count = os.preadv(descriptor, [piece[done:]], start + done)
+                    if not count:
+                        raise OSError(errno.ENXIO, "it ends too early")
+                    done += count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`."""
+        with self._head_held(offset):
+            for descriptor, start, piece in self._places(offset, data):
+                with explained(self.path, f"writing {len(piece)} bytes at {start}"):
+                    _write_all(descriptor, piece, start)
+
+    def zero(self, offset: int, length: int, *, must: bool) -> None:
+        """Give back the space of a range, which then reads as zeros; if it `must` be zeros they are written else."""
+        end = offset + length
+        start = min(max(offset, self._head_size), end)
+        if start > offset:
+            self.write(offset, memoryview(_ZEROS)[: start - offset])
+        inner_start = min(-(-start // self._block_size) * self._block_size, end)
+        inner_end = max(end // self._block_size * self._block_size, inner_start)
+        punched = inner_end > inner_start and self._punch(inner_start, inner_end - inner_start)
+        for first, last in [(start, inner_start), (inner_end, end)] if punched else [(start, end)]:
+            if must:
+                self._write_zeros(first, last)
+
+    def sync(self) -> None:
+        """Make all that was written durable."""
+        with explained(self.path, "writing"):
+            os.fdatasync(self._descriptor)
+            if self._head is not None:
+                os.fdatasync(self._head)
+
+    def finish(self, remember: Callable[[], None]) -> None:
+        """Put the head in its place, durably: from now on the target alone is the volume.
+
+        `remember` is called when that is so, before anybody writes to the head again.
+        """
+        with self._head_lock, explained(self.path, "writing"):
+            if self._head is None:
+                return
+            os.fdatasync(self._descriptor)
+            _write_all(self._descriptor, memoryview(os.pread(self._head, self._head_size, 0)), 0)
+            os.fdatasync(self._descriptor)
+            remember()
+            self._head, self._head_size = None, 0
+
+    def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
+        """Keep the head where it is while it is written to."""
+        return self._head_lock if offset < self._head_size else contextlib.nullcontext()
+
+    def _places(self, offset: int, view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+        """Yield (descriptor, offset, bytes) of what of a range is in the head's file, and what is on the target."""
+        head = self._head
+        within = max(0, min(len(view), self._head_size - offset)) if head is not None else 0
+        if within and head is not None:
+            yield head, offset, view[:within]
+        if within < len(view):
+            yield self._descriptor, offset + within, view[within:]
+
+    def _punch(self, start: int, length: int) -> bool:
+        if not self._punches:
+            return False
+        try:
+            kernel.fallocate(self._descriptor, kernel.PUNCH_HOLE_KEEP_SIZE, start, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                with explained(self.path, f"zeroing {length} bytes at {start}"):
+                    raise
+            self._punches = False
+        return self._punches
+
+    def _write_zeros(self, start: int, end: int) -> None:
+        for offset in range(start, end, len(_ZEROS)):
+            self.write(offset, memoryview(_ZEROS)[: min(len(_ZEROS), end - offset)])
+
+
+@contextlib.contextmanager
+def open_target(path: str, size: int, head: Path, *, resume: bool, finished: bool, force: bool) -> Iterator[HotTarget]:
+    """Open a place for an image of `size` bytes and hold it.
+
+    `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
+    `finished`. Else a new file is made, or what is there yields to `force`. Raise TargetError as `target.prepare` does.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            is_device = stat.S_ISBLK(os.stat(path).st_mode)
+        except FileNotFoundError:
+            if resume:
+                raise TargetError(f"{path}: is gone", remedy="Attach it again, or detach this restore.") from None
+            is_device = False
+            with explained(path, "making the file"):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        block_size, blank = 1, not is_device
+        if is_device:
+            device = held.enter_context(claimed_device(path, size, force=force or resume))
+            descriptor, block_size = device.descriptor, device.volume.block_size
+        else:
+            descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
+        head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
+        yield HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+
+
+@contextlib.contextmanager
+def _open_head(path: Path, target: int, size: int, *, resume: bool) -> Iterator[int]:
+    """Open the file that has the head, made anew unless we resume: then the target's own is zeroed, durably."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_TRUNC)
+    with explained(str(path), "opening it"):
+        descriptor = os.open(path, flags, 0o600)
+    try:
+        length = min(HEAD, size)
+        if not resume:
+            with explained(str(path), "writing"):
+                os.ftruncate(descriptor, length)
+                os.fsync(descriptor)
+                kernel.sync_directory(path.parent)
+                _write_all(target, memoryview(bytes(length)), 0)
+                os.fdatasync(target)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        offset, view = offset + count, view[count:]
