@@ -17,6 +17,8 @@ from pathlib import Path
 from blockferry.errors import PassphraseError, UsageError
 
 _REMOTE = frozenset({"azure", "b2", "gs", "rclone", "rest", "s3", "sftp", "swift"})
+_PATHS = ("RESTIC_PASSWORD_FILE", "RESTIC_CACHE_DIR", "RESTIC_CACERT", "RESTIC_TLS_CLIENT_CERT")
+"""The variables of restic's that name a file or directory."""
 _USER_INFO = re.compile(r"(?<=//)([^/\s@:]*):([^/\s]*)@")
 """`user:password@` in a URL; the password may hold an @ itself."""
 
@@ -42,7 +44,7 @@ class Location:
                 "restic: no repository is named",
                 remedy="Write restic:PATH-OR-URL, or set RESTIC_REPOSITORY or RESTIC_REPOSITORY_FILE.",
             )
-        return cls(found, f"restic:{hide_passwords(where)}")
+        return cls(_absolute(found), f"restic:{hide_passwords(where)}")
 
     @property
     def directory(self) -> Path | None:
@@ -62,7 +64,16 @@ class Location:
     def environment(self) -> dict[str, str]:
         """Return the environment for a restic that works on this repository."""
         given = {name: value for name, value in os.environ.items() if name != "RESTIC_REPOSITORY_FILE"}
+        given |= {name: os.path.abspath(given[name]) for name in _PATHS if given.get(name)}  # noqa: PTH100
         return given | {"RESTIC_REPOSITORY": self.where, "RESTIC_PROGRESS_FPS": "1"}
+
+
+def _absolute(where: str) -> str:
+    """Return a location as it is named from any directory: restic stores from within a mount."""
+    scheme, _, rest = where.partition(":")
+    if scheme == "local":
+        return f"local:{os.path.abspath(rest)}"  # noqa: PTH100  # not resolved: what the user says stays recognizable
+    return where if scheme in _REMOTE else os.path.abspath(where)  # noqa: PTH100
 
 
 def hide_passwords(text: str) -> str:

@@ -183,3 +183,12 @@ def test_a_frozen_filesystem_is_clean_after_a_restore(depot: Depot, image, files
     depot.ferry("restore", "latest", target, "--json").json()
     run("e2fsck", "-fn", target)
     assert run("debugfs", "-R", "ls -p /", target).count("/fresh/") == 1
+
+
+def test_a_repository_and_a_volume_may_be_named_from_where_one_is(depot: Depot, image, monkeypatch):
+    monkeypatch.chdir(image.parent)
+    where = f"{depot.tool}:{depot.path.relative_to(image.parent)}"
+    done = blockferry("backup", image.name, "--repo", where, env=depot.env)
+    assert done.code == 0, done.err
+    assert blockferry("restore", "latest", "back.img", "--repo", where, env=depot.env).code == 0
+    assert (image.parent / "back.img").stat().st_size == image.stat().st_size

@@ -25,14 +25,17 @@ def test_other_references_are_not_ours() -> None:
     ("where", "directory"),
     [
         ("/srv/restic", "/srv/restic"),
-        ("local:backup", "backup"),
-        ("relative/path", "relative/path"),
+        ("local:backup", "/home/backup"),
+        ("relative/path", "/home/relative/path"),
         ("sftp:nas:/srv/restic", None),
         ("rest:http://nas:8000/", None),
         ("s3:s3.example.com/bucket", None),
     ],
 )
-def test_a_local_directory_is_told_from_everything_else(where: str, directory: str | None) -> None:
+def test_a_local_directory_is_told_from_everything_else(
+    where: str, directory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/home")
     assert Location.named(where).directory == (None if directory is None else Path(directory))
 
 

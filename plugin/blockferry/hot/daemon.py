@@ -280,9 +280,8 @@ def _main() -> int:
     """Do what standard input says, away from any terminal; say what went wrong on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        request = Request(**json.loads(sys.stdin.readline()))
-        os.chdir("/")
-        serve(request)
+        # The working directory stays: a repository, or the file with its password, may be named from there.
+        serve(Request(**json.loads(sys.stdin.readline())))
     except BlockferryError as error:
         service.last_words(error)
         return error.exit_code
