@@ -15,7 +15,7 @@ from blockferry import service
 from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hot import attachment, daemon
+from blockferry.hot import attachment, daemon, movable
 from blockferry.hot.daemon import Request
 from blockferry.volume import default_name
 
@@ -145,6 +145,8 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
             raise
     known = attachment.load(name)
     finished = known is not None and known.finished
+    if known and finished:
+        movable.remove_moved(name, known.target)
     if known and (finished or forget):
         known.forget()
 
@@ -175,7 +177,7 @@ def _status(name: str) -> dict[str, Any]:
             "state": state,
             "name": name,
             "snapshot": known.snapshot,
-            "device": "",
+            "device": str(device) if (device := movable.mapper_path(name)).exists() else "",
             "path": "",
             "target": known.target,
             "size": known.size,

@@ -170,6 +170,10 @@ class TargetCache:
         self.about = dataclasses.replace(self.about, finished=True)
         self.target.finish(self.about.save)
 
+    def write_through(self) -> None:
+        """Have all that was written, and each write from now on, on the target's disk when it returns."""
+        self.target.write_through()
+
     def close(self) -> None:
         """Write what was fetched for somebody, make all durable, and let go of the map."""
         self._fetched.put(None)

@@ -32,6 +32,7 @@ from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
 from blockferry.hot.hydration import Hydration
+from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
@@ -116,15 +117,22 @@ class Restoring:
     """A hot restore that is under way."""
 
     def __init__(
-        self, manager: pluggy.PluginManager, request: Request, snapshot: Snapshot, source: Source, cache: RestoreCache
+        self,
+        manager: pluggy.PluginManager,
+        request: Request,
+        snapshot: Snapshot,
+        source: Source,
+        cache: RestoreCache,
+        path: Path,
+        shown: MovableDisk,
     ) -> None:
         self.manager = manager
         self.request = request
         self.snapshot = snapshot
         self.source = source
         self.cache = cache
-        self.path = Path()
-        self.device = ""
+        self.path = path
+        self.shown = shown
         self.began = time.monotonic()
         self.failure = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
@@ -134,7 +142,9 @@ class Restoring:
             self.hydration = Hydration(cache, threads=threads, rate=request.rate)
 
     def keep(self, listener: socket.socket) -> None:
-        """Answer questions, and put the target in its final state when all is there; until _StopError."""
+        """Answer questions, and put the target in its final state when all is there; until _StopError, or until the
+        disk has moved to the target.
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
@@ -143,6 +153,8 @@ class Restoring:
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
+                if self.shown.moved:
+                    return
 
     def _finish(self) -> None:
         cache = self.cache
@@ -155,16 +167,26 @@ class Restoring:
             return
         self.hydration = None
         log.info("%s: all of snapshot %s is there", cache.about.target, self.snapshot.id)
+        self._move(cache)
         self.manager.hook.blockferry_restore_finished(
             snapshot=self.snapshot, target=cache.about.target, statistics=self.status()
         )
+
+    def _move(self, cache: TargetCache) -> None:
+        """Lead the disk to the target where that can be done; we are not needed any more then."""
+        if not self.shown.is_movable:
+            return
+        try:
+            self.shown.move(cache)
+        except BlockferryError as error:
+            log.warning("%s; the disk stays where it is until it is detached", error)
 
     def _answer(self, question: dict[str, Any]) -> service.Answer:
         match question.get("do"):
             case "status":
                 return self.status(), b""
             case "detach":
-                users = disk.users_of(self.path)
+                users = self.shown.users()
                 if users and not question.get("force"):
                     told = f"{self.request.name}: in use: {'; '.join(users)}"
                     raise service.DeclinedError(told, remedy="Unmount it.")
@@ -178,7 +200,7 @@ class Restoring:
         said: dict[str, Any] = {
             "name": self.request.name,
             "snapshot": self.snapshot.id,
-            "device": self.device,
+            "device": self.shown.device,
             "path": os.fspath(self.path),
             "size": self.cache.size,
             "seconds": round(time.monotonic() - self.began, 3),
@@ -214,10 +236,10 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         contextlib.closing(_source(repository, chain, request)) as source,
         _cache(manager, source, _options(repository, chain, request)) as cache,
         disk.shown(cache, request.name) as path,
-        disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as device,
+        disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as loop,
+        movable(request.name, loop, cache.size, wanted=isinstance(cache, TargetCache)) as shown,
     ):
-        restoring = Restoring(manager, request, snapshot, source, cache)
-        restoring.path, restoring.device = path, device
+        restoring = Restoring(manager, request, snapshot, source, cache, path, shown)
         if restoring.hydration:
             restoring.hydration.start()
         try:

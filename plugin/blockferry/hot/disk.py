@@ -20,7 +20,7 @@ from blockferry.errors import BlockferryError
 from blockferry.fuse import mounted
 from blockferry.fuse_tree import Node
 from blockferry.hot.cache import RestoreCache
-from blockferry.inuse import device_name, holders_and_mounts
+from blockferry.inuse import device_name
 from blockferry.programs import find
 from blockferry.volume import loops_of
 
@@ -101,6 +101,15 @@ def shown(cache: RestoreCache, name: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
     """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more."""
+    device = attach_loop(path, block_size=block_size, read_only=read_only)
+    try:
+        yield device
+    finally:
+        detach_loops(path)
+
+
+def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
+    """Return a new loop device on a file, with its partitions."""
     losetup = find("losetup", "mount")
     command = [losetup, "--find", "--show", "--partscan", "--direct-io=on", f"--sector-size={block_size}"]
     if read_only:
@@ -111,11 +120,7 @@ def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str
             f"{path}: no loop device can be had: {done.stderr.strip()}",
             remedy="Load the kernel module (modprobe loop).",
         )
-    device = done.stdout.strip()
-    try:
-        yield device
-    finally:
-        detach_loops(path)
+    return done.stdout.strip()
 
 
 def detach_loops(path: Path) -> None:
@@ -126,11 +131,6 @@ def detach_loops(path: Path) -> None:
             name = device_name(loop.device)
             subprocess.run([find("losetup", "mount"), "--detach", name], capture_output=True, check=False)
         time.sleep(0.02)
-
-
-def users_of(path: Path) -> list[str]:
-    """Return who uses the loop devices on a file: their mounts and holders, a phrase each."""
-    return [user for loop in loops_of(os.fspath(path)) for user in holders_and_mounts(loop.device)]
 
 
 @contextlib.contextmanager

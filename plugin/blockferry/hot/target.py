@@ -26,12 +26,21 @@ class HotTarget:
     """Bytes of a target, read and written at offsets by several threads. Errors are TargetError."""
 
     def __init__(
-        self, path: str, descriptor: int, size: int, *, head: int | None, block_size: int, blank: bool
+        self,
+        path: str,
+        descriptor: int,
+        size: int,
+        *,
+        head: int | None,
+        block_size: int,
+        blank: bool,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         """Borrow the descriptors. `head` is the file that has the first bytes, None when they are in their place.
 
-        `blank`: what was never written reads as zeros.
+        `blank`: what was never written reads as zeros. `let_go` gives up the exclusive right to the target.
         """
+        self._let_go = let_go
         self.path = path
         self.size = size
         self.blank = blank
@@ -41,6 +50,12 @@ class HotTarget:
         self._head_lock = threading.Lock()
         self._block_size = block_size
         self._punches = True
+        self._write_through = False
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the head is in its place."""
+        return self._head is None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -59,6 +74,9 @@ class HotTarget:
             for descriptor, start, piece in self._places(offset, data):
                 with explained(self.path, f"writing {len(piece)} bytes at {start}"):
                     _write_all(descriptor, piece, start)
+        # Asked after it was written: who sets it and then syncs misses nobody.
+        if self._write_through:
+            self.sync()
 
     def zero(self, offset: int, length: int, *, must: bool) -> None:
         """Give back the space of a range, which then reads as zeros; if it `must` be zeros they are written else."""
@@ -72,6 +90,8 @@ class HotTarget:
         for first, last in [(start, inner_start), (inner_end, end)] if punched else [(start, end)]:
             if must:
                 self._write_zeros(first, last)
+        if self._write_through:
+            self.sync()
 
     def sync(self) -> None:
         """Make all that was written durable."""
@@ -93,6 +113,15 @@ class HotTarget:
             os.fdatasync(self._descriptor)
             remember()
             self._head, self._head_size = None, 0
+
+    def write_through(self) -> None:
+        """Have everything that was written, and each write from now on, on the disk when it returns."""
+        self._write_through = True
+        self.sync()
+
+    def release(self) -> None:
+        """Let others open the target, too, though it is still written to."""
+        self._let_go()
 
     def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
         """Keep the head where it is while it is written to."""
@@ -141,13 +170,23 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             with explained(path, "making the file"):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         block_size, blank = 1, not is_device
+        claim, device = held.enter_context(contextlib.ExitStack()), None
         if is_device:
-            device = held.enter_context(claimed_device(path, size, force=force or resume))
-            descriptor, block_size = device.descriptor, device.volume.block_size
+            device = claim.enter_context(claimed_device(path, size, force=force or resume))
+            block_size = device.volume.block_size
+            # Beside the claim, which can be given up while this is still written to.
+            with explained(path, "opening it"):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            held.callback(os.close, descriptor)
         else:
             descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
         head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
-        yield HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+        target = HotTarget(
+            path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank, let_go=claim.close
+        )
+        yield target
+        if device and target.is_volume:
+            device.announce(size)
 
 
 @contextlib.contextmanager
