@@ -21,6 +21,7 @@ No block ever becomes absent again. A discarded block was written: with zeros.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 Bytes = bytes | memoryview
 
-_LOCKS = 64
+LOCKS = 64
+"""Unit N has lock N % LOCKS."""
 _WRITTEN_THROUGH = 64 << 10
 """Gaps between what the snapshot used that are cheaper to write zeros to than to leave out, in bytes."""
 _WAITING_TO_BE_WRITTEN = 16
@@ -110,7 +112,7 @@ class TargetCache:
         self._zeros_are_content = zeros_are_content
         self._used = source.used.coalesce(_WRITTEN_THROUGH)
         self._whole = state.whole(self.unit)
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._fetched: queue.Queue[tuple[int, memoryview] | None] = queue.Queue(_WAITING_TO_BE_WRITTEN)
         self._keeper = threading.Thread(target=self._keep_fetched, name="hot keep", daemon=True)
         self._keeper.start()
@@ -152,6 +154,19 @@ class TargetCache:
     def sync(self) -> None:
         """Make the target durable, and then the map."""
         self.state.sync(self.target.sync)
+
+    def fill_unused(self, first: int, end: int) -> None:
+        """Make zeros of what is absent of units `[first, end)`, in which the snapshot has nothing."""
+        with contextlib.ExitStack() as held:
+            # Nobody else takes more than one: in the order of the locks there is no deadlock.
+            for index in sorted({number % LOCKS for number in range(first, end)}):
+                held.enter_context(self._locks[index])
+            start, stop = first * self.unit, min(end * self.unit, self.size)
+            for offset, size, there in self._runs(start, stop - start):
+                if not there:
+                    self._free(offset, offset + size)
+            self._mark(self.state.present, start, stop - start)
+            self._whole[first:end] = bytes([1]) * (end - first)
 
     def status(self) -> dict[str, Any]:
         """Return how far it is: `dirty` is what was written to since the restore began."""
@@ -284,7 +299,7 @@ class TargetCache:
     # -- the map -------------------------------------------------------------------------------------------------------
 
     def _lock(self, number: int) -> threading.Lock:
-        return self._locks[number % _LOCKS]
+        return self._locks[number % LOCKS]
 
     def _has(self, offset: int) -> bool:
         """Tell whether the block that a byte is in is on the target; what lies beyond the end is."""

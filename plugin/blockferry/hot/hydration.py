@@ -7,12 +7,14 @@ a user who reads in sequence is about to need is fetched without rest: that is t
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from blockferry.errors import BlockferryError
-from blockferry.hot.cache import TargetCache
+from blockferry.hot.cache import LOCKS, TargetCache
 from blockferry.hot.source import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -121,8 +123,14 @@ class Hydration:
             if not self._taken and self.cache.next_missing(0) < 0:
                 self.complete.set()
             return 0, 0
-        end = first + 1
-        while end - first < most and self.cache.next_missing(end) == end and not self._is_done(end):
+        used = self.cache.is_used(first)
+        end, most = first + 1, most if used else LOCKS
+        while (
+            end - first < most
+            and self.cache.next_missing(end) == end
+            and not self._is_done(end)
+            and self.cache.is_used(end) == used
+        ):
             end += 1
         self._position = end
         return first, end
@@ -140,7 +148,10 @@ class Hydration:
         return self.cache.is_whole(number) or number in self._taken or waits
 
     def _fill(self, first: int, end: int) -> None:
-        """Fill units; those that cannot be had are remembered."""
+        """Fill units, either all of them used or none; those that cannot be had are remembered."""
+        if not self.cache.is_used(first):
+            self._guarded(first, end, functools.partial(self.cache.fill_unused, first, end))
+            return
         try:
             contents = self.cache.source.fetch(first, end)
         except UnavailableError as error:
@@ -151,15 +162,19 @@ class Hydration:
             log.warning("hydration: %s", error.message)
             self._failed[first] = time.monotonic()
             return
+        for number, content in zip(range(first, end), contents, strict=True):
+            self._guarded(number, number + 1, functools.partial(self.cache.fill, number, content))
+
+    def _guarded(self, first: int, end: int, fill: Callable[[], None]) -> None:
+        """Write to the target; remember the units for which that fails."""
         try:
-            for number, content in zip(range(first, end), contents, strict=True):
-                self.cache.fill(number, content)
-                self._failed.pop(number, None)
+            fill()
         except BlockferryError as error:
             log.error("hydration: %s", error)
-            for number in range(first, end):
-                if not self.cache.is_whole(number):
-                    self._failed[number] = time.monotonic()
+            self._failed.update(dict.fromkeys(range(first, end), time.monotonic()))
+            return
+        for number in range(first, end):
+            self._failed.pop(number, None)
 
     def _in_use(self) -> bool:
         return time.monotonic() - self.cache.activity.latest < _IN_USE

@@ -77,10 +77,12 @@ def movable(name: str, device: str, size: int, *, wanted: bool) -> Iterator[Mova
 
     It goes away with the context, unless it was moved.
     """
-    if not wanted or size % _SECTOR or not Path("/dev/mapper/control").exists() or not look_for("dmsetup"):
+    if not wanted or size % _SECTOR or not _device_mapper_is_there():
         yield MovableDisk(name, device, size)
         return
-    _dmsetup("create", mapper_name(name), "--noudevrules", "--noudevsync", "--table", _table(size, device))
+    _dmsetup("create", mapper_name(name), "--table", _table(size, device))
+    if not mapper_path(name).exists():
+        _dmsetup("mknodes", mapper_name(name))  # where no udev runs
     disk = MovableDisk(name, os.fspath(mapper_path(name)), size)
     try:
         yield disk
@@ -106,6 +108,15 @@ def users_of(device: str) -> list[str]:
     """Return who uses a block device, a phrase each."""
     number = os.stat(device).st_rdev
     return holders_and_mounts((os.major(number), os.minor(number)))
+
+
+def _device_mapper_is_there() -> bool:
+    """Tell whether this kernel has device-mapper, and this machine the program that speaks to it."""
+    try:
+        os.close(os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return look_for("dmsetup") is not None
 
 
 def _table(size: int, device: str) -> str:
