@@ -31,6 +31,7 @@ from blockferry.errors import BlockferryError, NotNowError, UsageError
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
+from blockferry.hot.export import Exports, Wish
 from blockferry.hot.hydration import Hydration
 from blockferry.hot.source import Source
 from blockferry.manager import plugin_manager, repository_named
@@ -70,6 +71,11 @@ def socket_path(name: str) -> Path:
     return service.runtime_directory(attachment.KIND) / f"{name}.socket"
 
 
+def nbd_socket_path(name: str) -> Path:
+    """Return where a hot restore's disk is served unless the user says otherwise."""
+    return service.runtime_directory(attachment.KIND) / f"{name}.nbd"
+
+
 def running() -> list[str]:
     """Return the names for which there is a socket."""
     return sorted(path.stem for path in service.runtime_directory(attachment.KIND).glob("*.socket"))
@@ -84,7 +90,10 @@ def detach(request: Request) -> dict[str, Any]:
     """Have a process of its own do what is asked; return its status as soon as the disk can be used."""
     service.make_runtime_directory(attachment.KIND)
     told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
-    return service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    said = service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    if (said.get("target", ""), said.get("buffer", "")) != (request.target, request.buffer):
+        raise _taken(request.name)
+    return said
 
 
 def serve(request: Request) -> None:
@@ -93,11 +102,10 @@ def serve(request: Request) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     place = socket_path(request.name)
-    taken = NotNowError(f"{request.name}: is attached already", remedy=f"blockferry detach {request.name}")
     manager = plugin_manager()
     try:
         with (
-            service.only_one(place, taken),
+            service.only_one(place, _taken(request.name)),
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
@@ -108,6 +116,12 @@ def serve(request: Request) -> None:
         return
 
 
+def _taken(name: str) -> NotNowError:
+    return NotNowError(
+        f"{name}: is attached already", remedy=f"Give this one another --name, or: blockferry detach {name}"
+    )
+
+
 class _StopError(BaseException):
     """Somebody asked us to end."""
 
@@ -116,15 +130,24 @@ class Restoring:
     """A hot restore that is under way."""
 
     def __init__(
-        self, manager: pluggy.PluginManager, request: Request, snapshot: Snapshot, source: Source, cache: RestoreCache
+        self,
+        manager: pluggy.PluginManager,
+        request: Request,
+        snapshot: Snapshot,
+        source: Source,
+        cache: RestoreCache,
+        path: Path,
+        device: str,
     ) -> None:
         self.manager = manager
         self.request = request
         self.snapshot = snapshot
         self.source = source
         self.cache = cache
-        self.path = Path()
-        self.device = ""
+        self.path = path
+        self.device = device
+        scratch = service.runtime_directory(attachment.KIND) / f"{request.name}.nbdkit"
+        self.exports = Exports(path, scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
@@ -163,11 +186,15 @@ class Restoring:
         match question.get("do"):
             case "status":
                 return self.status(), b""
+            case "serve":
+                return self.exports.serve(Wish(**question["wish"])).status(), b""
+            case "stop serving":
+                return {"stopped": self.exports.stop()}, b""
             case "detach":
-                users = disk.users_of(self.path)
+                users = [*disk.users_of(self.path), *self.exports.users()]
                 if users and not question.get("force"):
                     told = f"{self.request.name}: in use: {'; '.join(users)}"
-                    raise service.DeclinedError(told, remedy="Unmount it.")
+                    raise service.DeclinedError(told, remedy="Unmount it, here and on the hosts that are connected.")
                 # Ends the main thread's loop once the answer is on its way.
                 threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
                 return self.status(), b""
@@ -185,6 +212,7 @@ class Restoring:
             "fetched": self.source.bytes_fetched,
             "rate": self._rate(),
             "repository": "waiting" if self.source.down_since else "reachable",
+            "exports": self.exports.status(),
             "process": os.getpid(),
             "failure": self.failure,
         }
@@ -216,13 +244,13 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         disk.shown(cache, request.name) as path,
         disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as device,
     ):
-        restoring = Restoring(manager, request, snapshot, source, cache)
-        restoring.path, restoring.device = path, device
+        restoring = Restoring(manager, request, snapshot, source, cache, path, device)
         if restoring.hydration:
             restoring.hydration.start()
         try:
             yield restoring
         finally:
+            restoring.exports.stop()
             if restoring.hydration:
                 restoring.hydration.stop()
 
