@@ -31,6 +31,7 @@ from blockferry.errors import BlockferryError, NotNowError, UsageError
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
+from blockferry.hot.export import Exports, Wish
 from blockferry.hot.hydration import Hydration
 from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
@@ -71,6 +72,11 @@ def socket_path(name: str) -> Path:
     return service.runtime_directory(attachment.KIND) / f"{name}.socket"
 
 
+def nbd_socket_path(name: str) -> Path:
+    """Return where a hot restore's disk is served unless the user says otherwise."""
+    return service.runtime_directory(attachment.KIND) / f"{name}.nbd"
+
+
 def running() -> list[str]:
     """Return the names for which there is a socket."""
     return sorted(path.stem for path in service.runtime_directory(attachment.KIND).glob("*.socket"))
@@ -85,7 +91,10 @@ def detach(request: Request) -> dict[str, Any]:
     """Have a process of its own do what is asked; return its status as soon as the disk can be used."""
     service.make_runtime_directory(attachment.KIND)
     told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
-    return service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    said = service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    if (said.get("target", ""), said.get("buffer", "")) != (request.target, request.buffer):
+        raise _taken(request.name)
+    return said
 
 
 def serve(request: Request) -> None:
@@ -94,11 +103,10 @@ def serve(request: Request) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     place = socket_path(request.name)
-    taken = NotNowError(f"{request.name}: is attached already", remedy=f"blockferry detach {request.name}")
     manager = plugin_manager()
     try:
         with (
-            service.only_one(place, taken),
+            service.only_one(place, _taken(request.name)),
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
@@ -107,6 +115,12 @@ def serve(request: Request) -> None:
             restoring.keep(listener)
     except _StopError:
         return
+
+
+def _taken(name: str) -> NotNowError:
+    return NotNowError(
+        f"{name}: is attached already", remedy=f"Give this one another --name, or: blockferry detach {name}"
+    )
 
 
 class _StopError(BaseException):
@@ -133,6 +147,8 @@ class Restoring:
         self.cache = cache
         self.path = path
         self.shown = shown
+        scratch = service.runtime_directory(attachment.KIND) / f"{request.name}.nbdkit"
+        self.exports = Exports(path, scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
@@ -148,11 +164,13 @@ class Restoring:
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
-                if selector.select(_LOOK_EVERY if self.hydration else None):
+                if selector.select(_LOOK_EVERY if self.hydration or self._can_move() else None):
                     service.answer_next(listener, self._answer)
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
+                if self._can_move():
+                    self._move()
                 if self.shown.moved:
                     return
 
@@ -167,29 +185,37 @@ class Restoring:
             return
         self.hydration = None
         log.info("%s: all of snapshot %s is there", cache.about.target, self.snapshot.id)
-        self._move(cache)
         self.manager.hook.blockferry_restore_finished(
             snapshot=self.snapshot, target=cache.about.target, statistics=self.status()
         )
 
-    def _move(self, cache: TargetCache) -> None:
-        """Lead the disk to the target where that can be done; we are not needed any more then."""
-        if not self.shown.is_movable:
-            return
+    def _can_move(self) -> bool:
+        """Tell whether the disk can be led to the target now: who is connected from elsewhere would be cut off."""
+        finished = isinstance(self.cache, TargetCache) and self.cache.about.finished
+        return finished and self.shown.is_movable and not self.exports.status()
+
+    def _move(self) -> None:
+        """Lead the disk to the target; we are not needed any more then."""
+        assert isinstance(self.cache, TargetCache)  # noqa: S101  # only that is ever finished
         try:
-            self.shown.move(cache)
+            self.shown.move(self.cache)
         except BlockferryError as error:
+            self.shown.is_movable = False
             log.warning("%s; the disk stays where it is until it is detached", error)
 
     def _answer(self, question: dict[str, Any]) -> service.Answer:
         match question.get("do"):
             case "status":
                 return self.status(), b""
+            case "serve":
+                return self.exports.serve(Wish(**question["wish"])).status(), b""
+            case "stop serving":
+                return {"stopped": self.exports.stop()}, b""
             case "detach":
-                users = self.shown.users()
+                users = [*self.shown.users(), *self.exports.users()]
                 if users and not question.get("force"):
                     told = f"{self.request.name}: in use: {'; '.join(users)}"
-                    raise service.DeclinedError(told, remedy="Unmount it.")
+                    raise service.DeclinedError(told, remedy="Unmount it, here and on the hosts that are connected.")
                 # Ends the main thread's loop once the answer is on its way.
                 threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
                 return self.status(), b""
@@ -207,6 +233,7 @@ class Restoring:
             "fetched": self.source.bytes_fetched,
             "rate": self._rate(),
             "repository": "waiting" if self.source.down_since else "reachable",
+            "exports": self.exports.status(),
             "process": os.getpid(),
             "failure": self.failure,
         }
@@ -245,6 +272,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         try:
             yield restoring
         finally:
+            restoring.exports.stop()
             if restoring.hydration:
                 restoring.hydration.stop()
 

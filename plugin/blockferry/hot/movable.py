@@ -39,16 +39,12 @@ def mapper_path(name: str) -> Path:
 class MovableDisk:
     """The device that a restore's user sees."""
 
-    def __init__(self, name: str, device: str, size: int) -> None:
+    def __init__(self, name: str, device: str, size: int, *, is_movable: bool) -> None:
         self.name = name
         self.device = device
         self.size = size
+        self.is_movable = is_movable
         self.moved = False
-
-    @property
-    def is_movable(self) -> bool:
-        """Whether there is a device-mapper device."""
-        return self.device == os.fspath(mapper_path(self.name))
 
     def users(self) -> list[str]:
         """Return who uses the disk, a phrase each."""
@@ -78,12 +74,12 @@ def movable(name: str, device: str, size: int, *, wanted: bool) -> Iterator[Mova
     It goes away with the context, unless it was moved.
     """
     if not wanted or size % _SECTOR or not _device_mapper_is_there():
-        yield MovableDisk(name, device, size)
+        yield MovableDisk(name, device, size, is_movable=False)
         return
     _dmsetup("create", mapper_name(name), "--table", _table(size, device))
     if not mapper_path(name).exists():
         _dmsetup("mknodes", mapper_name(name))  # where no udev runs
-    disk = MovableDisk(name, os.fspath(mapper_path(name)), size)
+    disk = MovableDisk(name, os.fspath(mapper_path(name)), size, is_movable=True)
     try:
         yield disk
     finally:
