@@ -34,13 +34,11 @@ class HotTarget:
         head: int | None,
         block_size: int,
         blank: bool,
-        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         """Borrow the descriptors. `head` is the file that has the first bytes, None when they are in their place.
 
-        `blank`: what was never written reads as zeros. `let_go` gives up the exclusive right to the target.
+        `blank`: what was never written reads as zeros.
         """
-        self._let_go = let_go
         self.path = path
         self.size = size
         self.blank = blank
@@ -121,7 +119,11 @@ class HotTarget:
 
     def release(self) -> None:
         """Let others open the target, too, though it is still written to."""
-        self._let_go()
+        with explained(self.path, "opening it once more"):
+            shared = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        # The number stays, and with it whoever uses it just now: what goes is what held the device exclusively.
+        os.dup2(shared, self._descriptor, inheritable=False)
+        os.close(shared)
 
     def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
         """Keep the head where it is while it is written to."""
@@ -142,6 +144,8 @@ class HotTarget:
         try:
             kernel.fallocate(self._descriptor, kernel.PUNCH_HOLE_KEEP_SIZE, start, length)
         except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False  # the kernel does it for who holds the device alone, and that is somebody else by now
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 with explained(self.path, f"zeroing {length} bytes at {start}"):
                     raise
@@ -170,20 +174,14 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             with explained(path, "making the file"):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         block_size, blank = 1, not is_device
-        claim, device = held.enter_context(contextlib.ExitStack()), None
+        device = None
         if is_device:
-            device = claim.enter_context(claimed_device(path, size, force=force or resume))
-            block_size = device.volume.block_size
-            # Beside the claim, which can be given up while this is still written to.
-            with explained(path, "opening it"):
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            held.callback(os.close, descriptor)
+            device = held.enter_context(claimed_device(path, size, force=force or resume))
+            descriptor, block_size = device.descriptor, device.volume.block_size
         else:
             descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
         head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
-        target = HotTarget(
-            path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank, let_go=claim.close
-        )
+        target = HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
         yield target
         if device and target.is_volume:
             device.announce(size)
