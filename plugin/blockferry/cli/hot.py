@@ -140,9 +140,11 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
     try:
         said = daemon.ask(name, {"do": "detach", "force": force})
         _wait_until_gone(name)
-    except service.NobodyThereError:
+    except service.NobodyThereError as error:
         if not known:
-            raise
+            raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
+        if error.broken_off:
+            daemon.clear_away(name)
     known = attachment.load(name)
     finished = known is not None and known.finished
     if known and (finished or forget):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import logging
 import os
 import subprocess
@@ -99,8 +100,12 @@ def shown(cache: RestoreCache, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
-    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more."""
+def loop_device(path: Path, record: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
+    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more.
+
+    `record` says in a file which it is: if we are killed, the next one of that record takes it away first.
+    """
+    detach_stale(record)
     losetup = find("losetup", "mount")
     command = [losetup, "--find", "--show", "--partscan", "--direct-io=on", f"--sector-size={block_size}"]
     if read_only:
@@ -113,9 +118,32 @@ def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str
         )
     device = done.stdout.strip()
     try:
+        record.write_text(json.dumps([device, _sequence(device)]))
         yield device
     finally:
         detach_loops(path)
+        record.unlink(missing_ok=True)
+
+
+def detach_stale(record: Path) -> None:
+    """Detach the loop device that a record names, if it is still the same one; in use, it goes when it is not any more.
+
+    The file behind it may be gone and tell nothing any more. The kernel numbers all that ever were attached.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        device, sequence = json.loads(record.read_text())
+        if _sequence(device) == sequence:
+            log.info("%s: detaching what a process that died has left", device)
+            subprocess.run([find("losetup", "mount"), "--detach", device], capture_output=True, check=False)
+    record.unlink(missing_ok=True)
+
+
+def _sequence(device: str) -> str:
+    """Return the number of what is attached to a loop device (sysfs-block, `diskseq`), and the name of its file."""
+    found = Path("/sys/block", Path(device).name)
+    name = Path((found / "loop" / "backing_file").read_text().rstrip("\n")).name
+    number = (found / "diskseq").read_text().strip() if (found / "diskseq").exists() else "unknown"  # Linux 5.15
+    return f"{number} {name}"
 
 
 def detach_loops(path: Path) -> None:

@@ -41,6 +41,8 @@ class HotTarget:
         self._head_lock = threading.Lock()
         self._block_size = block_size
         self._punches = True
+        self.failure = ""
+        """Why nothing that is written can be made durable any more."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -74,18 +76,23 @@ class HotTarget:
                 self._write_zeros(first, last)
 
     def sync(self) -> None:
-        """Make all that was written durable."""
-        with explained(self.path, "writing"):
+        """Make all that was written durable. Once that fails it always does.
+
+        What the kernel could not write out it forgets after it has said so, once (fsync(2)): another try would succeed
+        and promise what is not there.
+        """
+        head = self._head
+        with self._lasting_failure():
             os.fdatasync(self._descriptor)
-            if self._head is not None:
-                os.fdatasync(self._head)
+            if head is not None:
+                os.fdatasync(head)
 
     def finish(self, remember: Callable[[], None]) -> None:
         """Put the head in its place, durably: from now on the target alone is the volume.
 
         `remember` is called when that is so, before anybody writes to the head again.
         """
-        with self._head_lock, explained(self.path, "writing"):
+        with self._head_lock, self._lasting_failure():
             if self._head is None:
                 return
             os.fdatasync(self._descriptor)
@@ -93,6 +100,21 @@ class HotTarget:
             os.fdatasync(self._descriptor)
             remember()
             self._head, self._head_size = None, 0
+
+    @contextlib.contextmanager
+    def _lasting_failure(self) -> Iterator[None]:
+        """Refuse if making things durable failed before, and remember if it does now."""
+        if self.failure:
+            raise TargetError(
+                f"{self.failure}; nothing was durable since",
+                remedy="Unmount, detach, look at the kernel log, and attach again: it goes on from what is durable.",
+            )
+        try:
+            with explained(self.path, "making it durable"):
+                yield
+        except TargetError as error:
+            self.failure = error.message
+            raise
 
     def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
         """Keep the head where it is while it is written to."""
