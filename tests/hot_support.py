@@ -35,7 +35,9 @@ class Hot:
         return self.depot.ferry("attach", *words, "--json", **self.env)
 
     def attach(self, *options: object, snapshot: str = "latest") -> dict[str, Any]:
-        return self.try_to_attach(*options, snapshot=snapshot).json()
+        said = self.try_to_attach(*options, snapshot=snapshot).json()
+        self.seen.add((Path(said["device"]).name, sequence(Path(said["device"]).name)))
+        return said
 
     def try_to(self, verb: str, *options: object) -> Done:
         return blockferry(verb, self.name, *options, "--json", env=self.env)
@@ -99,12 +101,14 @@ class Hot:
         for each in Path("/sys/block").glob("loop*/loop/backing_file"):
             with contextlib.suppress(OSError):
                 file = each.read_text().strip()
-                if f"hot-{self.name}/" in file or (file == "/disk" and each.parts[3] in self.seen):
+                if f"hot-{self.name}/" in file or (
+                    file == "/disk" and (each.parts[3], sequence(each.parts[3])) in self.seen
+                ):
                     found[each.parts[3]] = file
         return found
 
-    seen: set[str] = dataclasses.field(default_factory=set)
-    """The loop devices that it had: when its mount is gone they do not tell whose they are."""
+    seen: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    """The loop devices that it had: when its mount is gone their files do not tell whose they are."""
 
     def clear_away(self) -> None:
         """Take away whatever is left of it."""
@@ -118,6 +122,16 @@ class Hot:
             run_quietly("losetup", "--detach", f"/dev/{device}")
 
 
+def sequence(loop: str) -> str:
+    """Return what the kernel numbers that which is attached to a loop device with."""
+    return Path(f"/sys/block/{loop}/diskseq").read_text()
+
+
+def is_mounted(point: Path) -> bool:
+    """Tell whether something is mounted there, be it dead or alive."""
+    return any(line.split()[4] == str(point) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
 def run_quietly(*arguments: object) -> None:
     with contextlib.suppress(AssertionError):
         run(*arguments)
@@ -125,13 +139,12 @@ def run_quietly(*arguments: object) -> None:
 
 def unmount(point: Path) -> None:
     """Unmount; whoever looks at every mount may have it open for a moment."""
-    deadline = time.monotonic() + 10
-    while point.is_mount():
-        try:
+    deadline = time.monotonic() + 30
+    while is_mounted(point):
+        with contextlib.suppress(AssertionError):
             run("umount", point)
-        except AssertionError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        assert time.monotonic() < deadline, point
+        time.sleep(0.05)
 
 
 def filesystem(path: object) -> str:

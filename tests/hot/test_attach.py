@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, blockferry, run
+from commands_support import Depot, run
 from conftest import Attach
 from hot_support import MIB, Hot, check_filesystem, mounted, same_tree
 

@@ -44,6 +44,12 @@ class HotTarget:
         self.failure = ""
         """Why nothing that is written can be made durable any more."""
 
+    def grow(self) -> None:
+        """Give a file its size: until then an attempt to begin that broke off leaves an empty one."""
+        if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            with explained(self.path, "sizing the file"):
+                os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
         for descriptor, start, piece in self._places(offset, buffer):
@@ -151,7 +157,8 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`. Else a new file is made, or what is there yields to `force`. Raise TargetError as `target.prepare` does.
+    `finished`. Else a new file is made, or what is there yields to `force`: a file is empty then, until it is let
+    `grow`. Raise TargetError as `target.prepare` does.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -167,29 +174,35 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             device = held.enter_context(claimed_device(path, size, force=force or resume))
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
-            descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
-        head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
+            length = size if resume else 0
+            descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
+        if not resume and is_device:
+            _zero_head(path, descriptor, size)
+        head_descriptor = None if finished else held.enter_context(_open_head(head, size, resume=resume))
         yield HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
 
 
 @contextlib.contextmanager
-def _open_head(path: Path, target: int, size: int, *, resume: bool) -> Iterator[int]:
-    """Open the file that has the head, made anew unless we resume: then the target's own is zeroed, durably."""
+def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
+    """Open the file that has the head, made anew unless we resume."""
     flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_TRUNC)
     with explained(str(path), "opening it"):
         descriptor = os.open(path, flags, 0o600)
     try:
-        length = min(HEAD, size)
         if not resume:
             with explained(str(path), "writing"):
-                os.ftruncate(descriptor, length)
+                os.ftruncate(descriptor, min(HEAD, size))
                 os.fsync(descriptor)
                 kernel.sync_directory(path.parent)
-                _write_all(target, memoryview(bytes(length)), 0)
-                os.fdatasync(target)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _zero_head(path: str, target: int, size: int) -> None:
+    with explained(path, "writing"):
+        _write_all(target, memoryview(bytes(min(HEAD, size))), 0)
+        os.fdatasync(target)
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
