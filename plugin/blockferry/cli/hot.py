@@ -165,8 +165,9 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
         _wait_until_gone(name)
     except service.NobodyThereError as error:
         if not known and not error.broken_off:
-            raise
-        daemon.socket_path(name).unlink(missing_ok=True)
+            raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
+        if error.broken_off:
+            daemon.clear_away(name)
     known = attachment.load(name)
     finished = known is not None and known.finished
     if known and finished:

@@ -177,6 +177,7 @@ class TargetCache:
             "hydrated": self.about.total - absent,
             "dirty": self.state.dirty.total * self.state.block,
             "finished": self.about.finished,
+            "failure": self.target.failure,
         }
 
     def finish(self) -> None:
@@ -295,6 +296,8 @@ class TargetCache:
                 self.fill(*item)
             except BlockferryError as error:  # it stays absent, and hydration meets the same error
                 log.warning("%s", error.message)
+            except Exception:  # without this thread every reader would wait for ever
+                log.exception("unit %d could not be kept", item[0])
 
     # -- the map -------------------------------------------------------------------------------------------------------
 

@@ -92,9 +92,30 @@ def detach(request: Request) -> dict[str, Any]:
     service.make_runtime_directory(attachment.KIND)
     told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
     said = service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
-    if (said.get("target", ""), said.get("buffer", "")) != (request.target, request.buffer):
-        raise _taken(request.name)
+    same = request.snapshot == "latest" or said["snapshot"].startswith(request.snapshot)
+    same_place = (said.get("target", ""), said.get("buffer", "")) == (request.target, request.buffer)
+    if not same or not same_place:
+        where = f" onto {said['target']}" if said.get("target") else ""
+        raise UsageError(
+            f"{request.name}: is attached already, as snapshot {said['snapshot']}{where}",
+            remedy=f"Give this one another --name, or detach that one: blockferry detach {request.name}",
+        )
     return said
+
+
+def clear_away(name: str) -> None:
+    """Take away what a process that was killed has left: its loop device, as soon as nobody uses it, and its socket.
+
+    Its mount goes by itself, or with the next one (`fuse.py`).
+    """
+    place = socket_path(name)
+    with service.only_one(place, _taken(name)):
+        disk.detach_stale(_loop_record(name))
+        place.unlink(missing_ok=True)
+
+
+def _loop_record(name: str) -> Path:
+    return socket_path(name).with_suffix(".loop")
 
 
 def serve(request: Request) -> None:
@@ -235,9 +256,11 @@ class Restoring:
             "repository": "waiting" if self.source.down_since else "reachable",
             "exports": self.exports.status(),
             "process": os.getpid(),
-            "failure": self.failure,
         }
-        return said | self.cache.status() | {"unreadable": self._unreadable()}
+        said |= self.cache.status()
+        writing = self.hydration.failure() if self.hydration else ""
+        said["failure"] = self.failure or said.get("failure") or writing
+        return said | {"unreadable": self._unreadable()}
 
     def _rate(self) -> int:
         """Return how many bytes a second were fetched lately."""
@@ -249,6 +272,8 @@ class Restoring:
     def _unreadable(self) -> list[list[int]]:
         """Return (start, length) of what could not be had."""
         numbers = set(self.source.damaged) | set(self.hydration.unreadable() if self.hydration else [])
+        if isinstance(self.cache, TargetCache):
+            numbers = {number for number in numbers if not self.cache.is_whole(number)}
         return [[number * self.source.unit, self.source.length(number)] for number in sorted(numbers)]
 
 
@@ -263,7 +288,9 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         contextlib.closing(_source(repository, chain, request)) as source,
         _cache(manager, source, _options(repository, chain, request)) as cache,
         disk.shown(cache, request.name) as path,
-        disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as loop,
+        disk.loop_device(
+            path, _loop_record(request.name), block_size=record.block_size, read_only=not cache.writable
+        ) as loop,
         movable(request.name, loop, cache.size, wanted=isinstance(cache, TargetCache)) as shown,
     ):
         restoring = Restoring(manager, request, snapshot, source, cache, path, shown)
@@ -273,6 +300,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
             yield restoring
         finally:
             restoring.exports.stop()
+            source.stop_waiting()
             if restoring.hydration:
                 restoring.hydration.stop()
 
@@ -323,6 +351,8 @@ def _cache(
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt putting things away
     raise _StopError
 
 

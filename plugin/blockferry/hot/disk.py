@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import logging
 import os
 import subprocess
@@ -99,13 +100,19 @@ def shown(cache: RestoreCache, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
-    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more."""
+def loop_device(path: Path, record: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
+    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more.
+
+    `record` says in a file which it is: if we are killed, the next one of that record takes it away first.
+    """
+    detach_stale(record)
     device = attach_loop(path, block_size=block_size, read_only=read_only)
     try:
+        record.write_text(json.dumps([device, _sequence(device)]))
         yield device
     finally:
         detach_loops(path)
+        record.unlink(missing_ok=True)
 
 
 def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
@@ -121,6 +128,27 @@ def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
             remedy="Load the kernel module (modprobe loop).",
         )
     return done.stdout.strip()
+
+
+def detach_stale(record: Path) -> None:
+    """Detach the loop device that a record names, if it is still the same one; in use, it goes when it is not any more.
+
+    The file behind it may be gone and tell nothing any more. The kernel numbers all that ever were attached.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        device, sequence = json.loads(record.read_text())
+        if _sequence(device) == sequence:
+            log.info("%s: detaching what a process that died has left", device)
+            subprocess.run([find("losetup", "mount"), "--detach", device], capture_output=True, check=False)
+    record.unlink(missing_ok=True)
+
+
+def _sequence(device: str) -> str:
+    """Return the number of what is attached to a loop device (sysfs-block, `diskseq`), and the name of its file."""
+    found = Path("/sys/block", Path(device).name)
+    name = Path((found / "loop" / "backing_file").read_text().rstrip("\n")).name
+    number = (found / "diskseq").read_text().strip() if (found / "diskseq").exists() else "unknown"  # Linux 5.15
+    return f"{number} {name}"
 
 
 def detach_loops(path: Path) -> None:

@@ -49,11 +49,19 @@ class HotTarget:
         self._block_size = block_size
         self._punches = True
         self._write_through = False
+        self.failure = ""
+        """Why nothing that is written can be made durable any more."""
 
     @property
     def is_volume(self) -> bool:
         """Whether the head is in its place."""
         return self._head is None
+
+    def grow(self) -> None:
+        """Give a file its size: until then an attempt to begin that broke off leaves an empty one."""
+        if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            with explained(self.path, "sizing the file"):
+                os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -92,18 +100,23 @@ class HotTarget:
             self.sync()
 
     def sync(self) -> None:
-        """Make all that was written durable."""
-        with explained(self.path, "writing"):
+        """Make all that was written durable. Once that fails it always does.
+
+        What the kernel could not write out it forgets after it has said so, once (fsync(2)): another try would succeed
+        and promise what is not there.
+        """
+        head = self._head
+        with self._lasting_failure():
             os.fdatasync(self._descriptor)
-            if self._head is not None:
-                os.fdatasync(self._head)
+            if head is not None:
+                os.fdatasync(head)
 
     def finish(self, remember: Callable[[], None]) -> None:
         """Put the head in its place, durably: from now on the target alone is the volume.
 
         `remember` is called when that is so, before anybody writes to the head again.
         """
-        with self._head_lock, explained(self.path, "writing"):
+        with self._head_lock, self._lasting_failure():
             if self._head is None:
                 return
             os.fdatasync(self._descriptor)
@@ -124,6 +137,21 @@ class HotTarget:
         # The number stays, and with it whoever uses it just now: what goes is what held the device exclusively.
         os.dup2(shared, self._descriptor, inheritable=False)
         os.close(shared)
+
+    @contextlib.contextmanager
+    def _lasting_failure(self) -> Iterator[None]:
+        """Refuse if making things durable failed before, and remember if it does now."""
+        if self.failure:
+            raise TargetError(
+                f"{self.failure}; nothing was durable since",
+                remedy="Unmount, detach, look at the kernel log, and attach again: it goes on from what is durable.",
+            )
+        try:
+            with explained(self.path, "making it durable"):
+                yield
+        except TargetError as error:
+            self.failure = error.message
+            raise
 
     def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
         """Keep the head where it is while it is written to."""
@@ -162,7 +190,8 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`. Else a new file is made, or what is there yields to `force`. Raise TargetError as `target.prepare` does.
+    `finished`. Else a new file is made, or what is there yields to `force`: a file is empty then, until it is let
+    `grow`. Raise TargetError as `target.prepare` does.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -179,8 +208,11 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             device = held.enter_context(claimed_device(path, size, force=force or resume))
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
-            descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
-        head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
+            length = size if resume else 0
+            descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
+        if not resume and is_device:
+            _zero_head(path, descriptor, size)
+        head_descriptor = None if finished else held.enter_context(_open_head(head, size, resume=resume))
         target = HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
         yield target
         if device and target.is_volume:
@@ -188,23 +220,26 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
 
 
 @contextlib.contextmanager
-def _open_head(path: Path, target: int, size: int, *, resume: bool) -> Iterator[int]:
-    """Open the file that has the head, made anew unless we resume: then the target's own is zeroed, durably."""
+def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
+    """Open the file that has the head, made anew unless we resume."""
     flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_TRUNC)
     with explained(str(path), "opening it"):
         descriptor = os.open(path, flags, 0o600)
     try:
-        length = min(HEAD, size)
         if not resume:
             with explained(str(path), "writing"):
-                os.ftruncate(descriptor, length)
+                os.ftruncate(descriptor, min(HEAD, size))
                 os.fsync(descriptor)
                 kernel.sync_directory(path.parent)
-                _write_all(target, memoryview(bytes(length)), 0)
-                os.fdatasync(target)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _zero_head(path: str, target: int, size: int) -> None:
+    with explained(path, "writing"):
+        _write_all(target, memoryview(bytes(min(HEAD, size))), 0)
+        os.fdatasync(target)
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
