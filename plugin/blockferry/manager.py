@@ -30,6 +30,7 @@ BUILTIN = (
     "blockferry.used.ext4.reader",
     "blockferry.used.fsmap",
     "blockferry.hot.onto_target",
+    "blockferry.hot.arming",
 )
 
 

@@ -27,7 +27,7 @@ import pluggy
 
 from blockferry import service
 from blockferry.chain import Chain, trace
-from blockferry.errors import BlockferryError, NotNowError, UsageError
+from blockferry.errors import BlockferryError, NotNowError, TargetError, UsageError
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 0.2
 """Seconds between two looks at whether all is there."""
+_LOOK_RARELY = 2.0
+"""The same when all is there: then only the target could be taken away."""
 _RATE_OVER = 5.0
 """Seconds over which the rate is measured."""
 
@@ -63,6 +65,8 @@ class Request:
     """Seconds for which a repository that does not answer is waited for."""
     threads: int = 0
     """How many reads for hydration are under way at a time; 0: as many as there are processors."""
+    mount: str = ""
+    """The directory to mount the disk at; "" for none."""
 
 
 def socket_path(name: str) -> Path:
@@ -127,6 +131,7 @@ class Restoring:
         self.device = ""
         self.began = time.monotonic()
         self.failure = ""
+        self.not_mounted = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
         self.hydration: Hydration | None = None
         if isinstance(cache, TargetCache) and not cache.about.finished:
@@ -134,15 +139,27 @@ class Restoring:
             self.hydration = Hydration(cache, threads=threads, rate=request.rate)
 
     def keep(self, listener: socket.socket) -> None:
-        """Answer questions, and put the target in its final state when all is there; until _StopError."""
+        """Answer questions, and put the target in its final state when all is there; until _StopError.
+
+        Raise TargetError if the target was taken away.
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
-                if selector.select(_LOOK_EVERY if self.hydration else None):
+                if selector.select(_LOOK_EVERY if self.hydration else _LOOK_RARELY):
                     service.answer_next(listener, self._answer)
+                self._refuse_to_go_on_without_target()
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
+
+    def _refuse_to_go_on_without_target(self) -> None:
+        """End if the target is gone, so that it can be taken up again when it is back."""
+        if isinstance(self.cache, TargetCache) and self.cache.target.is_gone():
+            raise TargetError(
+                f"{self.cache.about.target}: was taken away",
+                remedy="Plug it in again: the restore can be gone on with.",
+            )
 
     def _finish(self) -> None:
         cache = self.cache
@@ -186,7 +203,7 @@ class Restoring:
             "rate": self._rate(),
             "repository": "waiting" if self.source.down_since else "reachable",
             "process": os.getpid(),
-            "failure": self.failure,
+            "failure": self.failure or self.not_mounted,
         }
         return said | self.cache.status() | {"unreadable": self._unreadable()}
 
@@ -221,10 +238,24 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         if restoring.hydration:
             restoring.hydration.start()
         try:
-            yield restoring
+            with _mounted(restoring, request.mount):
+                yield restoring
         finally:
             if restoring.hydration:
                 restoring.hydration.stop()
+
+
+@contextlib.contextmanager
+def _mounted(restoring: Restoring, directory: str) -> Iterator[None]:
+    """Mount the disk if that is asked for. One that cannot be mounted is brought back all the same."""
+    if not directory:
+        yield
+        return
+    with disk.filesystem_at(restoring.device, directory) as failure:
+        if failure:
+            log.error("%s: %s", restoring.request.name, failure)
+        restoring.not_mounted = failure
+        yield
 
 
 def _named(request: Request) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from blockferry.hot.attachment import Attachment
 from blockferry.hot.cache import RestoreCache, TargetCache
 from blockferry.hot.source import Source
 from blockferry.hot.state import StateMap
-from blockferry.hot.target import HotTarget, open_target
+from blockferry.hot.target import HotTarget, bears, open_target
 
 
 @hookimpl
@@ -30,6 +31,8 @@ def blockferry_restore_cache(
 def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
     known = attachment.load(options.name)
     wanted = _wanted(source, options)
+    if known and known.target != wanted.target and bears(wanted.target, known.mark):
+        known = dataclasses.replace(known, target=wanted.target)  # it has another name since a reboot
     if known and (known.snapshot, known.target) != (wanted.snapshot, wanted.target):
         raise UsageError(
             f"{options.name}: is a restore of snapshot {known.snapshot} onto {known.target} already",
@@ -42,6 +45,7 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
                 options.target,
                 source.size,
                 directory / "head",
+                mark=(known or wanted).mark,
                 resume=known is not None,
                 finished=known is not None and known.finished,
                 force=options.force,
@@ -50,6 +54,7 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
         if known:
             target.blank = False  # what was written and never synced may be there
             state = StateMap.load(directory / "map", source.size, known.about())
+            known.save()
         else:
             known, state = _begin(wanted, directory, source, target)
         cache = TargetCache(source, target, state, known, zeros_are_content=options.zeros_are_content)
@@ -66,6 +71,7 @@ def _wanted(source: Source, options: CacheOptions) -> Attachment:
         size=source.size,
         block_size=options.block_size,
         total=0,
+        mark=secrets.token_hex(16),
     )
 
 

@@ -1,8 +1,9 @@
 """The device or file that is being filled while it is in use.
 
 What is half restored must not look like a volume: after a crash somebody's fstab, or udev, would mount it. So its head,
-where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there,
-and on the target are zeros. `finish` puts it in its place.
+where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there.
+On the target is meanwhile the restore's mark, and zeros: by the mark it is known again, whatever it is called after a
+reboot, and nothing else is taken for it. `finish` puts the head in its place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from blockferry.errors import TargetError
 from blockferry.target import HEAD, claimed_device, existing_file, explained
 
 _ZEROS = bytes(1 << 20)
+_SECTOR = 512
+"""Where the mark is: what a disk writes whole or not at all."""
 
 
 class HotTarget:
@@ -80,6 +83,12 @@ class HotTarget:
             if self._head is not None:
                 os.fdatasync(self._head)
 
+    def is_gone(self) -> bool:
+        """Tell whether the device was taken away: what is still open is nothing any more."""
+        facts = os.fstat(self._descriptor)
+        number = f"{os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)}"
+        return stat.S_ISBLK(facts.st_mode) and not Path("/sys/dev/block", number).exists()
+
     def finish(self, remember: Callable[[], None]) -> None:
         """Put the head in its place, durably: from now on the target alone is the volume.
 
@@ -89,8 +98,11 @@ class HotTarget:
             if self._head is None:
                 return
             os.fdatasync(self._descriptor)
-            _write_all(self._descriptor, memoryview(os.pread(self._head, self._head_size, 0)), 0)
-            os.fdatasync(self._descriptor)
+            head = memoryview(os.pread(self._head, self._head_size, 0))
+            # The mark goes last: until then we can go on, from then on the head is there.
+            for first, end in ((_SECTOR, len(head)), (0, _SECTOR)):
+                _write_all(self._descriptor, head[first:end], first)
+                os.fdatasync(self._descriptor)
             remember()
             self._head, self._head_size = None, 0
 
@@ -125,11 +137,14 @@ class HotTarget:
 
 
 @contextlib.contextmanager
-def open_target(path: str, size: int, head: Path, *, resume: bool, finished: bool, force: bool) -> Iterator[HotTarget]:
+def open_target(
+    path: str, size: int, head: Path, *, mark: str, resume: bool, finished: bool, force: bool
+) -> Iterator[HotTarget]:
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`. Else a new file is made, or what is there yields to `force`. Raise TargetError as `target.prepare` does.
+    `finished`; it has to bear the `mark`. Else a new file is made, or what is there yields to `force`. Raise
+    TargetError as `target.prepare` does.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -146,13 +161,41 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
             descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
-        head_descriptor = None if finished else held.enter_context(_open_head(head, descriptor, size, resume=resume))
-        yield HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+        if resume and not finished:
+            _refuse_another(path, descriptor, head, mark)
+        opened = None if finished else held.enter_context(_open_head(head, descriptor, size, mark, resume=resume))
+        yield HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank)
+
+
+def bears(path: str, mark: str) -> bool:
+    """Tell whether a device or file bears the mark of a restore."""
+    with contextlib.suppress(OSError), open(path, "rb") as target:
+        return bool(mark) and target.read(_SECTOR) == _marked(mark, _SECTOR)
+    return False
+
+
+def _marked(mark: str, length: int) -> bytes:
+    """Return what a target begins with until its head is there."""
+    return f"blockferry: half restored, by the hot restore {mark}\n".encode().ljust(length, b"\0")[:length]
+
+
+def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
+    """Raise TargetError unless a target bears the mark, or its head is in its place: then it was about to finish."""
+    with explained(path, "reading the head"):
+        stored = head.read_bytes()
+        first = min(_SECTOR, len(stored))
+        if os.pread(target, first, 0) == _marked(mark, first) or os.pread(target, len(stored), 0) == stored:
+            return
+    raise TargetError(
+        f"{path}: is not what this restore began on",
+        remedy="Devices get other names at a reboot. Name the right one, which begins with `blockferry: half "
+        "restored`, and by --name what the restore is called.",
+    )
 
 
 @contextlib.contextmanager
-def _open_head(path: Path, target: int, size: int, *, resume: bool) -> Iterator[int]:
-    """Open the file that has the head, made anew unless we resume: then the target's own is zeroed, durably."""
+def _open_head(path: Path, target: int, size: int, mark: str, *, resume: bool) -> Iterator[int]:
+    """Open the file that has the head, made anew unless we resume; with it the target gets the mark, durably."""
     flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_TRUNC)
     with explained(str(path), "opening it"):
         descriptor = os.open(path, flags, 0o600)
@@ -163,7 +206,7 @@ def _open_head(path: Path, target: int, size: int, *, resume: bool) -> Iterator[
                 os.ftruncate(descriptor, length)
                 os.fsync(descriptor)
                 kernel.sync_directory(path.parent)
-                _write_all(target, memoryview(bytes(length)), 0)
+                _write_all(target, memoryview(_marked(mark, length)), 0)
                 os.fdatasync(target)
         yield descriptor
     finally:
