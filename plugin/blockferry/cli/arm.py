@@ -180,7 +180,7 @@ def _storable(reference: str) -> str:
     if re.search(r"://[^/@\s]*:[^/\s]*@", where):
         raise UsageError(
             "the repository's URL holds a password, which is not kept",
-            remedy="Put it into /etc/blockferry/environment, as RESTIC_REST_PASSWORD=... and the like; or use an ssh key.",
+            remedy="Put it into /etc/blockferry/environment, as RESTIC_REST_PASSWORD=...; for ssh use a key.",
         )
     local = re.match(r"local:|", where)
     prefix = local[0] if local else ""

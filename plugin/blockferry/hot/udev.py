@@ -8,6 +8,7 @@ devices and are not to be trusted: one with other characters than a match may ha
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,8 +132,15 @@ def systemd_runs() -> bool:
 
 
 def udevd_runs() -> bool:
-    """Tell whether there is a udev daemon."""
-    return Path("/run/udev/control").exists()
+    """Tell whether there is a udev daemon; one that ended may have left its socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        try:
+            asking.connect("/run/udev/control")
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def context() -> pyudev.Context:
@@ -148,10 +156,9 @@ def context() -> pyudev.Context:
 def devices_of(match: Match) -> list[pyudev.Device]:
     """Return the devices that are here and answer to a match."""
     kind = KINDS[match.kind]
-    properties = {"DEVTYPE": kind.type, kind.property: match.value}
-    found = context().list_devices(subsystem="block", **properties)
-    # What a property is compared with may be a pattern to libudev.
-    return [each for each in found if each.properties.get(kind.property) == match.value and not _is_our_own(each)]
+    # To libudev one of several properties is enough.
+    found = context().list_devices(subsystem="block", **{kind.property: match.value})
+    return [each for each in found if each.device_type == kind.type and not _is_our_own(each)]
 
 
 def _is_our_own(device: pyudev.Device) -> bool:
