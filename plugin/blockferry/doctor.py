@@ -37,6 +37,7 @@ _PROGRAMS = (
     ("setpriv", "--version", "restic ending when blockferry does", "util-linux"),
     ("sfdisk", "--version", "disks and images with partitions", "fdisk / util-linux / util-linux"),
     ("fusermount3", "--version", "feeding restic", "fuse3"),
+    ("udevadm", "--version", "devices that restore themselves", "udev / systemd-udev / systemd"),
     ("lvs", "--version", "freezing and tracking logical volumes", "lvm2"),
     (
         "thin_delta",

@@ -31,6 +31,7 @@ BUILTIN = (
     "blockferry.used.fsmap",
     "blockferry.hot.buffer",
     "blockferry.hot.onto_target",
+    "blockferry.hot.arming",
 )
 
 

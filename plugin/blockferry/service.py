@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blockferry import errors
 from blockferry.errors import BlockferryError, NotNowError
 from blockferry.programs import KEEP_FREED_MEMORY
 
@@ -135,7 +136,8 @@ def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> d
     last = words_of.read_text(errors="replace").strip().splitlines() or [f"{name}: it did not start"]
     try:
         said = json.loads(last[-1])
-        error = BlockferryError(str(said["message"]), remedy=str(said["remedy"]))
+        kind: type[BlockferryError] = getattr(errors, str(said["kind"]), BlockferryError)
+        error = kind(str(said["message"]), remedy=str(said["remedy"]))
         error.exit_code = int(said["exit_code"])
     except (ValueError, KeyError, TypeError):
         error = BlockferryError(last[-1])
@@ -205,7 +207,8 @@ def notify_systemd(state: bytes) -> None:
 
 def last_words(error: BlockferryError) -> None:
     """Say on stderr why we end, as `start` reads it."""
-    told = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+    kind = type(error).__name__
+    told = {"kind": kind, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
     print(json.dumps(told), file=sys.stderr)  # noqa: T201  # who started us shows it
 
 

@@ -79,7 +79,7 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
         patch.setenv("BORG_PASSPHRASE", "secret")
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
         return {
-            words[0] if words[0] != "catalog" else "catalog rebuild": blockferry(*words)
+            " ".join(words[: 2 if words[0] in {"catalog", "udev"} else 1]): blockferry(*words)
             for words in (
                 ("used", image),
                 ("backup", image, "--repo", repository),
@@ -93,6 +93,10 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("status", "hot.img"),
                 ("detach", "hot.img"),
                 ("verify", "latest", "--repo", repository, "--against", copy),
+                ("arm", "latest", "serial:NOWHERE", "--repo", repository),
+                ("armed",),
+                ("disarm", "serial:NOWHERE"),
+                ("udev", "install", "--root", place / "root"),
                 ("delete", "latest", "--repo", repository),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),

@@ -328,7 +328,7 @@ def test_one_that_was_killed_is_known_until_it_is_detached(volume: Path, tmp_pat
         assert blockferry("status", "--json").json()["restores"][0]["state"] == "broken off"
         assert blockferry("detach", "gone").code == 0
         assert blockferry("status", "--json").json()["restores"] == []
-        blockferry("detach", "gone").refused(1, "nothing runs for it")
+        blockferry("detach", "gone").refused(1, "no such restore")
 
 
 def wait_for_end_of(process: int) -> None:

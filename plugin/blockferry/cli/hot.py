@@ -15,7 +15,8 @@ from blockferry import service
 from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hot import attachment, daemon, movable
+from blockferry.hot import arming, attachment, daemon, movable
+from blockferry.hot.arming import Armed
 from blockferry.hot.daemon import Request
 from blockferry.volume import default_name
 
@@ -188,7 +189,8 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
 
 
 def _names() -> list[str]:
-    return sorted({*daemon.running(), *(each.name for each in attachment.load_all())})
+    known = [each.name for each in attachment.load_all()] + [each.name for each in arming.load_all()]
+    return sorted({*daemon.running(), *known})
 
 
 def _status(name: str) -> dict[str, Any]:
@@ -197,12 +199,15 @@ def _status(name: str) -> dict[str, Any]:
         return {"state": "attached", **daemon.ask(name, {"do": "status"})}
     except service.NobodyThereError as error:
         known = attachment.load(name)
+        armed = next((each for each in arming.load_all() if each.name == name), None)
         if known is None and error.broken_off:  # it had no target, of which anything would be known
             nothing = {"snapshot": "", "device": "", "path": "", "target": "", "finished": False}
             return {"state": "broken off", "name": name, **nothing}
         if known is None:
-            raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
+            return _waiting(name, armed)
         state = "complete" if known.finished else "broken off" if error.broken_off else "detached"
+        if armed and armed.refused:
+            state += f", refused: {armed.refused}"
         return {
             "state": state,
             "name": name,
@@ -214,6 +219,21 @@ def _status(name: str) -> dict[str, Any]:
             "total": known.total,
             "finished": known.finished,
         }
+
+
+def _waiting(name: str, armed: Armed | None) -> dict[str, Any]:
+    """Return what is known of a restore that has not begun; raise BlockferryError if nothing is."""
+    if armed is None:
+        raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.")
+    return {
+        "state": f"refused: {armed.refused}" if armed.refused else "armed",
+        "name": name,
+        "snapshot": armed.snapshot,
+        "device": "",
+        "path": "",
+        "target": str(armed.match),
+        "finished": False,
+    }
 
 
 def _row(said: dict[str, Any]) -> tuple[str, ...]:

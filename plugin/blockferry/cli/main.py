@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, backup, chains, hot, inspect, restore, serve, track
+from blockferry.cli import admin, arm, backup, chains, hot, inspect, restore, serve, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -44,6 +44,11 @@ for command in (
     serve.serve,
     hot.status,
     hot.detach,
+    arm.arm,
+    arm.disarm,
+    arm.armed,
+    arm.watch,
+    arm.udev,
     chains.merge,
     chains.delete,
     track.track,

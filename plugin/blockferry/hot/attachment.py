@@ -38,6 +38,8 @@ class Attachment:
     """What had to be brought in when it began."""
     finished: bool = False
     """All is there: the target alone is the volume."""
+    mark: str = ""
+    """What the target bears until then, and nothing else in the world: devices get other names at a reboot."""
 
     @property
     def directory(self) -> Path:
@@ -46,7 +48,7 @@ class Attachment:
 
     def about(self) -> dict[str, Any]:
         """Return what the map of the target is bound to."""
-        return {"snapshot": self.snapshot, "target": self.target}
+        return {"snapshot": self.snapshot, "mark": self.mark}
 
     def save(self) -> None:
         """Write it, durably, over what was there."""

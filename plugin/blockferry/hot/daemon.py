@@ -27,7 +27,7 @@ import pluggy
 
 from blockferry import service
 from blockferry.chain import Chain, trace
-from blockferry.errors import BlockferryError, NotNowError, UsageError
+from blockferry.errors import BlockferryError, NotNowError, TargetError, UsageError
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 0.2
 """Seconds between two looks at whether all is there."""
+_LOOK_RARELY = 2.0
+"""The same when all is there: then only the target could be taken away."""
 _RATE_OVER = 5.0
 """Seconds over which the rate is measured."""
 
@@ -65,6 +67,8 @@ class Request:
     """Seconds for which a repository that does not answer is waited for."""
     threads: int = 0
     """How many reads for hydration are under way at a time; 0: as many as there are processors."""
+    mount: str = ""
+    """The directory to mount the disk at; "" for none."""
 
 
 def socket_path(name: str) -> Path:
@@ -172,6 +176,7 @@ class Restoring:
         self.exports = Exports(path, scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
+        self.not_mounted = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
         self.hydration: Hydration | None = None
         if isinstance(cache, TargetCache) and not cache.about.finished:
@@ -181,12 +186,16 @@ class Restoring:
     def keep(self, listener: socket.socket) -> None:
         """Answer questions, and put the target in its final state when all is there; until _StopError, or until the
         disk has moved to the target.
+
+        Raise TargetError if the target was taken away.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
-                if selector.select(_LOOK_EVERY if self.hydration or self._can_move() else None):
+                busy = self.hydration or self._can_move()
+                if selector.select(_LOOK_EVERY if busy else _LOOK_RARELY):
                     service.answer_next(listener, self._answer)
+                self._refuse_to_go_on_without_target()
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
@@ -194,6 +203,14 @@ class Restoring:
                     self._move()
                 if self.shown.moved:
                     return
+
+    def _refuse_to_go_on_without_target(self) -> None:
+        """End if the target is gone, so that it can be taken up again when it is back."""
+        if isinstance(self.cache, TargetCache) and self.cache.target.is_gone():
+            raise TargetError(
+                f"{self.cache.about.target}: was taken away",
+                remedy="Plug it in again: the restore can be gone on with.",
+            )
 
     def _finish(self) -> None:
         cache = self.cache
@@ -259,7 +276,7 @@ class Restoring:
         }
         said |= self.cache.status()
         writing = self.hydration.failure() if self.hydration else ""
-        said["failure"] = self.failure or said.get("failure") or writing
+        said["failure"] = self.failure or said.get("failure") or writing or self.not_mounted
         return said | {"unreadable": self._unreadable()}
 
     def _rate(self) -> int:
@@ -297,12 +314,26 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         if restoring.hydration:
             restoring.hydration.start()
         try:
-            yield restoring
+            with _mounted(restoring, request.mount):
+                yield restoring
         finally:
             restoring.exports.stop()
             source.stop_waiting()
             if restoring.hydration:
                 restoring.hydration.stop()
+
+
+@contextlib.contextmanager
+def _mounted(restoring: Restoring, directory: str) -> Iterator[None]:
+    """Mount the disk if that is asked for. One that cannot be mounted is brought back all the same."""
+    if not directory:
+        yield
+        return
+    with disk.filesystem_at(restoring.shown.device, directory) as failure:
+        if failure:
+            log.error("%s: %s", restoring.request.name, failure)
+        restoring.not_mounted = failure
+        yield
 
 
 def _named(request: Request) -> str:

@@ -23,7 +23,7 @@ from blockferry.fuse_tree import Node
 from blockferry.hot.cache import RestoreCache
 from blockferry.inuse import device_name
 from blockferry.programs import find
-from blockferry.volume import loops_of
+from blockferry.volume import all_mounts, loops_of
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,43 @@ def _sequence(device: str) -> str:
     name = Path((found / "loop" / "backing_file").read_text().rstrip("\n")).name
     number = (found / "diskseq").read_text().strip() if (found / "diskseq").exists() else "unknown"  # Linux 5.15
     return f"{number} {name}"
+
+
+@contextlib.contextmanager
+def filesystem_at(device: str, directory: str) -> Iterator[str]:
+    """Mount a device for the length of the context, and give why that cannot be, "" if it is mounted.
+
+    Whoever is in it when the context ends keeps the device until he is done, as with a mount of his own.
+    """
+    failure = _mount(device, directory)
+    try:
+        yield failure
+    finally:
+        if not failure:
+            _unmount(device, directory)
+
+
+def _mount(device: str, directory: str) -> str:
+    """Mount a device; return why that cannot be, else ""."""
+    if os.path.ismount(directory):
+        return f"{directory}: something is mounted there already"
+    command = [find("mount", "mount"), "--", device, directory]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    return f"it cannot be mounted: {done.stderr.strip()}" if done.returncode else ""
+
+
+def _unmount(device: str, directory: str) -> None:
+    """Unmount a device unless somebody did; wait a while for those who are in it."""
+    facts = os.stat(device)
+    numbers = (os.major(facts.st_rdev), os.minor(facts.st_rdev))
+    deadline = time.monotonic() + _PATIENCE
+    while any((each.point, each.device) == (directory, numbers) for each in all_mounts()):
+        done = subprocess.run([find("umount", "mount"), "--", directory], capture_output=True, text=True, check=False)
+        if done.returncode and time.monotonic() > deadline:
+            log.warning("%s: stays mounted: %s", directory, done.stderr.strip())
+            return
+        if done.returncode:
+            time.sleep(0.2)
 
 
 def detach_loops(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from blockferry.hot.attachment import Attachment
 from blockferry.hot.cache import RestoreCache, TargetCache
 from blockferry.hot.source import Source
 from blockferry.hot.state import StateMap
-from blockferry.hot.target import HotTarget, open_target
+from blockferry.hot.target import HotTarget, bears, open_target
 
 
 @hookimpl
@@ -30,6 +31,8 @@ def blockferry_restore_cache(
 def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
     known = attachment.load(options.name)
     wanted = _wanted(source, options)
+    if known and known.target != wanted.target and bears(wanted.target, known.mark):
+        known = dataclasses.replace(known, target=wanted.target)  # it has another name since a reboot
     if known and (known.snapshot, known.target) != (wanted.snapshot, wanted.target):
         raise UsageError(
             f"{options.name}: is a restore of snapshot {known.snapshot} onto {known.target} already",
@@ -43,6 +46,7 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
                 options.target,
                 source.size,
                 directory / "head",
+                mark=(known or wanted).mark,
                 resume=known is not None,
                 finished=known is not None and known.finished,
                 force=options.force,
@@ -51,6 +55,7 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
         if known:
             target.blank = False  # what was written and never synced may be there
             state = StateMap.load(directory / "map", source.size, known.about())
+            known.save()
         else:
             known, state = _begin(wanted, directory, source, target)
         cache = TargetCache(source, target, state, known, zeros_are_content=options.zeros_are_content)
@@ -77,6 +82,7 @@ def _wanted(source: Source, options: CacheOptions) -> Attachment:
         size=source.size,
         block_size=options.block_size,
         total=0,
+        mark=secrets.token_hex(16),
     )
 
 
@@ -86,6 +92,10 @@ def _begin(wanted: Attachment, directory: Path, source: Source, target: HotTarge
     state = StateMap.create(directory / "map", source.size, wanted.about(), absent)
     missing = (state.present.count - state.present.total) * state.block
     begun = dataclasses.replace(wanted, total=missing)
+    # A device that bears a mark is in nobody's way if we die before the record is there; a file that has its size is.
+    if target.is_device:
+        target.begin(begun.mark)
     begun.save()
-    target.grow()
+    if not target.is_device:
+        target.begin(begun.mark)
     return begun, state

@@ -1,8 +1,9 @@
 """The device or file that is being filled while it is in use.
 
 What is half restored must not look like a volume: after a crash somebody's fstab, or udev, would mount it. So its head,
-where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there,
-and on the target are zeros. `finish` puts it in its place.
+where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there.
+On the target is meanwhile the restore's mark, and zeros: by the mark it is known again, whatever it is called after a
+reboot, and nothing else is taken for it. `finish` puts the head in its place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from blockferry.errors import TargetError
 from blockferry.target import HEAD, claimed_device, existing_file, explained
 
 _ZEROS = bytes(1 << 20)
+_SECTOR = 512
+"""Where the mark is: what a disk writes whole or not at all."""
 
 
 class HotTarget:
@@ -57,11 +60,18 @@ class HotTarget:
         """Whether the head is in its place."""
         return self._head is None
 
-    def grow(self) -> None:
-        """Give a file its size: until then an attempt to begin that broke off leaves an empty one."""
-        if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            with explained(self.path, "sizing the file"):
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device."""
+        return stat.S_ISBLK(os.fstat(self._descriptor).st_mode)
+
+    def begin(self, mark: str) -> None:
+        """Give a file its size, and the target its mark in the place of its head, durably."""
+        with explained(self.path, "writing"):
+            if not self.is_device:
                 os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
+            _write_all(self._descriptor, memoryview(_marked(mark, min(HEAD, self.size))), 0)
+            os.fdatasync(self._descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -111,6 +121,12 @@ class HotTarget:
             if head is not None:
                 os.fdatasync(head)
 
+    def is_gone(self) -> bool:
+        """Tell whether the device was taken away: what is still open is nothing any more."""
+        facts = os.fstat(self._descriptor)
+        number = f"{os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)}"
+        return stat.S_ISBLK(facts.st_mode) and not Path("/sys/dev/block", number).exists()
+
     def finish(self, remember: Callable[[], None]) -> None:
         """Put the head in its place, durably: from now on the target alone is the volume.
 
@@ -120,8 +136,11 @@ class HotTarget:
             if self._head is None:
                 return
             os.fdatasync(self._descriptor)
-            _write_all(self._descriptor, memoryview(os.pread(self._head, self._head_size, 0)), 0)
-            os.fdatasync(self._descriptor)
+            head = memoryview(os.pread(self._head, self._head_size, 0))
+            # The mark goes last: until then we can go on, from then on the head is there.
+            for first, end in ((_SECTOR, len(head)), (0, _SECTOR)):
+                _write_all(self._descriptor, head[first:end], first)
+                os.fdatasync(self._descriptor)
             remember()
             self._head, self._head_size = None, 0
 
@@ -186,12 +205,14 @@ class HotTarget:
 
 
 @contextlib.contextmanager
-def open_target(path: str, size: int, head: Path, *, resume: bool, finished: bool, force: bool) -> Iterator[HotTarget]:
+def open_target(
+    path: str, size: int, head: Path, *, mark: str, resume: bool, finished: bool, force: bool
+) -> Iterator[HotTarget]:
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`. Else a new file is made, or what is there yields to `force`: a file is empty then, until it is let
-    `grow`. Raise TargetError as `target.prepare` does.
+    `finished`; it has to bear the `mark`. Else a new file is made, or what is there yields to `force`: it stays empty,
+    a device as it is, until it is told to `begin`. Raise TargetError as `target.prepare` does.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -203,20 +224,50 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             with explained(path, "making the file"):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         block_size, blank = 1, not is_device
-        device = None
+        device, begun = None, True
         if is_device:
             device = held.enter_context(claimed_device(path, size, force=force or resume))
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
+            begun = os.stat(path).st_size > 0
             length = size if resume else 0
             descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
-        if not resume and is_device:
-            _zero_head(path, descriptor, size)
-        head_descriptor = None if finished else held.enter_context(_open_head(head, size, resume=resume))
-        target = HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+        opened = None if finished else held.enter_context(_open_head(head, size, resume=resume))
+        target = HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank)
+        if resume and not finished:
+            if begun:
+                _refuse_another(path, descriptor, head, mark)
+            else:
+                target.begin(mark)
         yield target
         if device and target.is_volume:
             device.announce(size)
+
+
+def bears(path: str, mark: str) -> bool:
+    """Tell whether a device or file bears the mark of a restore."""
+    with contextlib.suppress(OSError), open(path, "rb") as target:
+        return bool(mark) and target.read(_SECTOR) == _marked(mark, _SECTOR)
+    return False
+
+
+def _marked(mark: str, length: int) -> bytes:
+    """Return what a target begins with until its head is there."""
+    return f"blockferry: half restored, by the hot restore {mark}\n".encode().ljust(length, b"\0")[:length]
+
+
+def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
+    """Raise TargetError unless a target bears the mark, or its head is in its place: then it was about to finish."""
+    with explained(path, "reading the head"):
+        stored = head.read_bytes()
+        first = min(_SECTOR, len(stored))
+        if os.pread(target, first, 0) == _marked(mark, first) or os.pread(target, len(stored), 0) == stored:
+            return
+    raise TargetError(
+        f"{path}: is not what this restore began on",
+        remedy="Devices get other names at a reboot. Name the right one, which begins with `blockferry: half "
+        "restored`, and by --name what the restore is called.",
+    )
 
 
 @contextlib.contextmanager
@@ -234,12 +285,6 @@ def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _zero_head(path: str, target: int, size: int) -> None:
-    with explained(path, "writing"):
-        _write_all(target, memoryview(bytes(min(HEAD, size))), 0)
-        os.fdatasync(target)
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
