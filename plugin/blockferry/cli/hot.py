@@ -196,7 +196,8 @@ def _names() -> list[str]:
 def _status(name: str) -> dict[str, Any]:
     """Return what the process of a restore says, or what is known without one."""
     try:
-        return {"state": "attached", **daemon.ask(name, {"do": "status"})}
+        said = daemon.ask(name, {"do": "status"})
+        return {"state": "complete" if said["finished"] else "attached", **said}
     except service.NobodyThereError as error:
         known = attachment.load(name)
         armed = next((each for each in arming.load_all() if each.name == name), None)

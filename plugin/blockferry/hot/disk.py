@@ -118,11 +118,15 @@ def loop_device(path: Path, record: Path, *, block_size: int, read_only: bool) -
 def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
     """Return a new loop device on a file, with its partitions."""
     losetup = find("losetup", "mount")
-    command = [losetup, "--find", "--show", "--partscan", "--direct-io=on", f"--sector-size={block_size}"]
+    command = [losetup, "--find", "--show", "--partscan", f"--sector-size={block_size}"]
     if read_only:
         command.append("--read-only")
-    done = subprocess.run([*command, os.fspath(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
+    # Some filesystems, such as tmpfs, have no direct I/O: a target there is shown through the page cache.
+    for direct in ("--direct-io=on", "--direct-io=off"):
+        done = subprocess.run([*command, direct, os.fspath(path)], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            break
+    else:
         raise BlockferryError(
             f"{path}: no loop device can be had: {done.stderr.strip()}",
             remedy="Load the kernel module (modprobe loop).",
