@@ -105,6 +105,7 @@ def serve(request: Request) -> None:
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
+            _mounted(restoring, request.mount),  # may take its time: whoever asks meanwhile is answered then
         ):
             service.notify_systemd(b"READY=1")
             restoring.keep(listener)
@@ -238,8 +239,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         if restoring.hydration:
             restoring.hydration.start()
         try:
-            with _mounted(restoring, request.mount):
-                yield restoring
+            yield restoring
         finally:
             if restoring.hydration:
                 restoring.hydration.stop()
