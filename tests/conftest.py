@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from commands_support import Depot, new_depot
 
 Attach = Callable[..., str]
 Mount = Callable[..., Path]
@@ -36,6 +39,30 @@ def home_of_the_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         patch.setenv("RESTIC_CACHE_DIR", str(home / "restic"))
         patch.setenv("BLOCKFERRY_STATE_DIR", str(home / "state"))
         yield home
+
+
+@pytest.fixture(params=["borg", "restic"])
+def depot(request: pytest.FixtureRequest, tmp_path: Path) -> Depot:
+    return new_depot(request.param, tmp_path / "repository")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory tree with files of many sizes and kinds."""
+    top = tmp_path_factory.mktemp("files")
+    chance = random.Random(7)
+    for number in range(150):
+        path = top / f"d{number % 12}" / f"f{number}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(chance.randbytes(chance.choice([0, 13, 4096, 70_000, 300_000])))
+        os.utime(path, ns=(0, chance.randrange(10**18)))
+    (top / "text").write_text("all work and no play makes a dull boy\n" * 50_000)
+    (top / "link").symlink_to("text")
+    os.link(top / "text", top / "hard")
+    with (top / "sparse").open("wb") as sparse:
+        sparse.seek(20 << 20)
+        sparse.write(b"the end")
+    return top
 
 
 @pytest.fixture

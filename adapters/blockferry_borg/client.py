@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from blockferry.errors import RepositoryError, UsageError
+from blockferry.programs import KEEP_FREED_MEMORY
 from blockferry_borg.failures import failure, without_credentials
 from blockferry_borg.installation import Installation
 
@@ -27,8 +28,6 @@ BATCH = 8 << 20
 """Bytes of a slot that are filled at a time, or one chunk: some chunks, so that asking costs nothing."""
 
 LOCK_WAIT_VARIABLE = "BLOCKFERRY_LOCK_WAIT"
-_MALLOC = {"MALLOC_TRIM_THRESHOLD_": "134217728", "MALLOC_MMAP_THRESHOLD_": "134217728"}
-"""Borg makes and drops buffers of a chunk's size all the time: glibc must not map and unmap each (mallopt(3))."""
 _PATIENCE = 60.0
 """Seconds for which a worker may roll back and let go of its lock before it is told to, and then made to."""
 
@@ -181,7 +180,7 @@ class Worker:
 
 def _start(installation: Installation, memory: int, passphrase: Passphrase) -> subprocess.Popen[bytes]:
     """Start the worker, apart from the terminal: an interrupt is ours to pass on, and nothing can prompt there."""
-    environment = os.environ | _MALLOC
+    environment = os.environ | KEEP_FREED_MEMORY
     secret = passphrase.descriptor()
     if secret is not None:
         environment["BORG_PASSPHRASE_FD"] = str(secret)

@@ -106,8 +106,9 @@ class ImageLayer(BaseLayer):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from as many whole chunks as it touches; what is not in the image is not fetched."""
         end = offset + len(buffer)
-        buffer[:] = bytes(len(buffer))
         wanted = self.extents.clip(offset, end)
+        if wanted.total != len(buffer):
+            buffer[:] = bytes(len(buffer))
         with self._random:
             for chunks in wanted.align(self._unit, self.size).batches(self._batch):
                 self._opened.wait(self._request(chunks, _RANDOM_SLOT))

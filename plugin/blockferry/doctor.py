@@ -48,6 +48,7 @@ _PROGRAMS = (
     ("bpftrace", "--version", "tracking any block device", "bpftrace"),
     ("qemu-img", "--version", "disks of running virtual machines", "qemu-utils / qemu-img"),
     ("nbdfuse", "--version", "disks of running virtual machines", "libnbd-bin / libnbd"),
+    ("nbdkit", "--version", "serving a restore to other hosts", "nbdkit"),
 )
 
 

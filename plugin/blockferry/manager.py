@@ -29,6 +29,7 @@ BUILTIN = (
     "blockferry.used.xfs.reader",
     "blockferry.used.ext4.reader",
     "blockferry.used.fsmap",
+    "blockferry.hot.buffer",
     "blockferry.hot.onto_target",
     "blockferry.hot.arming",
 )

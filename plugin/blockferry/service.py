@@ -25,6 +25,7 @@ from typing import Any
 
 from blockferry import errors
 from blockferry.errors import BlockferryError, NotNowError
+from blockferry.programs import KEEP_FREED_MEMORY
 
 Answer = tuple[dict[str, Any], bytes]
 """What is said, and the bytes that go with it."""
@@ -119,7 +120,12 @@ def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> d
         with open(writing, "wb") as telling:
             telling.write(told)  # a pipe holds it all
         process = subprocess.Popen(
-            [sys.executable, *command], stdin=told_there, stdout=words, stderr=words, start_new_session=True
+            [sys.executable, *command],
+            stdin=told_there,
+            stdout=words,
+            stderr=words,
+            env=os.environ | KEEP_FREED_MEMORY,
+            start_new_session=True,
         )
     deadline = time.monotonic() + _PATIENCE_TO_START
     while process.poll() is None and time.monotonic() < deadline:

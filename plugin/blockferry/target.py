@@ -261,8 +261,8 @@ class ClaimedDevice:
     def announce(self, size: int) -> None:
         """Have the kernel forget what it knew of the content; say what a device larger than the image still needs."""
         for descriptor in self.claimed.descriptors.values():
-            kernel.forget_pages(descriptor)
-            with contextlib.suppress(OSError):  # a partition, a loop device without partitions
+            with contextlib.suppress(OSError):  # a partition, a loop device without partitions; it was given up already
+                kernel.forget_pages(descriptor)
                 kernel.reread_partitions(descriptor)
         if self.volume.size > size and probe(self.volume.path).get("PTTYPE") == "gpt":
             log.warning(

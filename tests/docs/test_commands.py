@@ -71,6 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def printed(place: Path) -> dict[str, dict[str, object]]:
     """What the commands print as JSON, by command, for two backups of a small volume and its restore."""
     image, repository, copy = place / "volume.img", f"borg:{place}/repository", place / "restored.img"
+    hot = place / "hot.img"
     with image.open("wb") as file:
         file.truncate(32 << 20)
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
@@ -88,6 +89,9 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("snapshots", "--repo", repository),
                 ("show", "latest", "--repo", repository),
                 ("restore", "latest", copy, "--repo", repository),
+                ("attach", "latest", hot, "--repo", repository),
+                ("status", "hot.img"),
+                ("detach", "hot.img"),
                 ("verify", "latest", "--repo", repository, "--against", copy),
                 ("arm", "latest", "serial:NOWHERE", "--repo", repository),
                 ("armed",),
@@ -114,7 +118,9 @@ def test_the_page_names_the_fields_of_every_json_result(printed: dict[str, dict[
         named = set(re.findall(r"`(\w+)`", text)) - {"start", "length"}
         if "the fields of [the record]" in text:
             named |= {field.name for field in dataclasses.fields(Record)}
-        assert named | {"version"} == set(result), command
+        if "the fields of `attach`" in text:
+            named |= set(printed["attach"]) - {"attach"}
+        assert named - {"attach"} | {"version"} == set(result), command
         if of_entries:
             (entries,) = (value for value in result.values() if isinstance(value, list))
             assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command

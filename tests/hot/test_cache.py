@@ -159,6 +159,15 @@ class Restore(RuleBasedStateMachine):
         self.cache.fill(number, self.source.get(number))
         assert self.cache.is_whole(number)
 
+    @rule(first=st.integers(0, SIZE // UNIT), count=st.integers(1, 9))
+    def give_back_what_nobody_used(self, first: int, count: int) -> None:
+        end = first
+        while end < first + count and end * UNIT < SIZE and not self.cache.is_used(end):
+            end += 1
+        if end > first:
+            self.cache.fill_unused(first, end)
+            assert all(self.cache.is_whole(number) for number in range(first, end))
+
     @rule()
     def sync(self) -> None:
         self.cache.sync()

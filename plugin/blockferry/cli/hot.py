@@ -15,7 +15,7 @@ from blockferry import service
 from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hot import arming, attachment, daemon
+from blockferry.hot import arming, attachment, daemon, movable
 from blockferry.hot.arming import Armed
 from blockferry.hot.daemon import Request
 from blockferry.volume import default_name
@@ -42,7 +42,9 @@ def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str 
 @click.argument("snapshot")
 @click.argument("target", required=False)
 @repository_option
-@click.option("--name", default="", help="What to call it; else the end of the target's path.")
+@click.option("--buffer", metavar="DIR", help="Without a TARGET: keep what was read last in a file in DIR.")
+@click.option("--size", callback=parse_bytes, metavar="BYTES", help="How large that file may become: 20G.")
+@click.option("--name", default="", help="What to call it; else the end of the target's path, or SNAPSHOT.")
 @click.option("--force", is_flag=True, help="Overwrite a target that holds something.")
 @click.option("--rate", callback=parse_bytes, metavar="BYTES", help="Bring in at most so many bytes a second: 20M.")
 @click.option(
@@ -62,6 +64,8 @@ def attach(
     snapshot: str,
     target: str | None,
     reference: str | None,
+    buffer: str | None,
+    size: int | None,
     name: str,
     force: bool,
     rate: int | None,
@@ -74,17 +78,21 @@ def attach(
     Prints the device, which can be mounted and written to. What is written is on TARGET, which is the whole volume when
     all is there. The same command goes on with a restore that was interrupted.
 
+    With --buffer nothing is restored: the disk is read-only, and lasts until `detach`.
+
     \b
-    Example:
+    Examples:
       blockferry attach latest /dev/sdb --repo borg:ssh://nas/./volumes
+      blockferry attach latest --buffer /var/tmp --size 20G --repo borg:ssh://nas/./volumes
     """
-    if not target:
-        raise UsageError("nowhere to restore to", remedy="Name a device or file as the target.")
+    _refuse_places(target, buffer, size)
     request = Request(
-        name=name or default_name(target),
+        name=name or (default_name(target) if target else snapshot),
         reference=reference or reference_from_environment(),
         snapshot=snapshot,
-        target=os.path.realpath(target),
+        target=os.path.realpath(target) if target else "",
+        buffer=os.path.realpath(buffer) if buffer else "",
+        buffer_size=size or 0,
         force=force,
         rate=rate,
         patience=patience,
@@ -98,6 +106,20 @@ def attach(
     said = daemon.detach(request)
     said["seconds"] = round(time.monotonic() - began, 3)
     context.output.result({"version": 1, **said}, lambda: _sentence(said))
+
+
+def _refuse_places(target: str | None, buffer: str | None, size: int | None) -> None:
+    """Refuse what does not say where the blocks are to be kept."""
+    if not target and not buffer:
+        raise UsageError(
+            "nowhere to restore to", remedy="Name a device or file as the target, or a directory for a --buffer."
+        )
+    if target and buffer:
+        raise UsageError(
+            "a target needs no buffer: what is fetched is kept there", remedy="Leave out TARGET or --buffer."
+        )
+    if bool(buffer) != bool(size):
+        raise UsageError("--buffer and --size belong together", remedy="Say --buffer DIR --size 20G.")
 
 
 @click.command()
@@ -130,7 +152,8 @@ def status(context: Context, name: str | None) -> None:
 def detach(context: Context, name: str, force: bool, forget: bool) -> None:
     """Take the disk NAME away. What is on its target stays; `attach` goes on with it.
 
-    When all is there, the target alone is the volume, and nothing is kept of the restore.
+    When all is there, the target alone is the volume, and nothing is kept of the restore. Nothing is kept of one
+    without a target. What serves the disk to other hosts ends; while one of them is connected, the disk is in use.
 
     \b
     Example:
@@ -141,17 +164,23 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
     try:
         said = daemon.ask(name, {"do": "detach", "force": force})
         _wait_until_gone(name)
-    except service.NobodyThereError:
-        if not known:
-            raise
+    except service.NobodyThereError as error:
+        if not known and not error.broken_off:
+            raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
+        if error.broken_off:
+            daemon.clear_away(name)
     known = attachment.load(name)
     finished = known is not None and known.finished
+    if known and finished:
+        movable.remove_moved(name, known.target)
     if known and (finished or forget):
         known.forget()
 
     def sentence() -> str:
         if finished:
             return f"{name}: {known.target if known else ''} is the volume, whole and by itself"
+        if known is None:
+            return f"{name}: detached; nothing is kept of it"
         if forget:
             return f"{name}: detached and forgotten"
         return f"{name}: detached; the same `blockferry attach` goes on with it"
@@ -171,6 +200,9 @@ def _status(name: str) -> dict[str, Any]:
     except service.NobodyThereError as error:
         known = attachment.load(name)
         armed = next((each for each in arming.load_all() if each.name == name), None)
+        if known is None and error.broken_off:  # it had no target, of which anything would be known
+            nothing = {"snapshot": "", "device": "", "path": "", "target": "", "finished": False}
+            return {"state": "broken off", "name": name, **nothing}
         if known is None:
             return _waiting(name, armed)
         state = "complete" if known.finished else "broken off" if error.broken_off else "detached"
@@ -180,7 +212,7 @@ def _status(name: str) -> dict[str, Any]:
             "state": state,
             "name": name,
             "snapshot": known.snapshot,
-            "device": "",
+            "device": str(device) if (device := movable.mapper_path(name)).exists() else "",
             "path": "",
             "target": known.target,
             "size": known.size,
@@ -215,7 +247,10 @@ def _row(said: dict[str, Any]) -> tuple[str, ...]:
     if said.get("finished"):
         state = "complete"
     sizes = [decimal(said[key]) if key in said else "" for key in ("hydrated", "total", "dirty", "rate")]
-    return (said["name"], said["snapshot"], said["device"], said.get("target", ""), *sizes[:3], f"{sizes[3]}/s", state)
+    for export in said.get("exports", []):
+        state += f", {export['clients']} connections to {export['uri']}"
+    place = said.get("target") or said.get("buffer", "")
+    return (said["name"], said["snapshot"], said["device"], place, *sizes[:3], f"{sizes[3]}/s", state)
 
 
 def _sentence(said: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, arm, backup, chains, hot, inspect, restore, track
+from blockferry.cli import admin, arm, backup, chains, hot, inspect, restore, serve, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -41,6 +41,7 @@ for command in (
     restore.restore,
     restore.verify,
     hot.attach,
+    serve.serve,
     hot.status,
     hot.detach,
     arm.arm,

@@ -21,6 +21,7 @@ No block ever becomes absent again. A discarded block was written: with zeros.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 Bytes = bytes | memoryview
 
-_LOCKS = 64
+LOCKS = 64
+"""Unit N has lock N % LOCKS."""
 _WRITTEN_THROUGH = 64 << 10
 """Gaps between what the snapshot used that are cheaper to write zeros to than to leave out, in bytes."""
 _WAITING_TO_BE_WRITTEN = 16
@@ -110,7 +112,7 @@ class TargetCache:
         self._zeros_are_content = zeros_are_content
         self._used = source.used.coalesce(_WRITTEN_THROUGH)
         self._whole = state.whole(self.unit)
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._fetched: queue.Queue[tuple[int, memoryview] | None] = queue.Queue(_WAITING_TO_BE_WRITTEN)
         self._keeper = threading.Thread(target=self._keep_fetched, name="hot keep", daemon=True)
         self._keeper.start()
@@ -153,6 +155,19 @@ class TargetCache:
         """Make the target durable, and then the map."""
         self.state.sync(self.target.sync)
 
+    def fill_unused(self, first: int, end: int) -> None:
+        """Make zeros of what is absent of units `[first, end)`, in which the snapshot has nothing."""
+        with contextlib.ExitStack() as held:
+            # Nobody else takes more than one: in the order of the locks there is no deadlock.
+            for index in sorted({number % LOCKS for number in range(first, end)}):
+                held.enter_context(self._locks[index])
+            start, stop = first * self.unit, min(end * self.unit, self.size)
+            for offset, size, there in self._runs(start, stop - start):
+                if not there:
+                    self._free(offset, offset + size)
+            self._mark(self.state.present, start, stop - start)
+            self._whole[first:end] = bytes([1]) * (end - first)
+
     def status(self) -> dict[str, Any]:
         """Return how far it is: `dirty` is what was written to since the restore began."""
         absent = (self.state.present.count - self.state.present.total) * self.state.block
@@ -162,6 +177,7 @@ class TargetCache:
             "hydrated": self.about.total - absent,
             "dirty": self.state.dirty.total * self.state.block,
             "finished": self.about.finished,
+            "failure": self.target.failure,
         }
 
     def finish(self) -> None:
@@ -169,6 +185,10 @@ class TargetCache:
         self.sync()
         self.about = dataclasses.replace(self.about, finished=True)
         self.target.finish(self.about.save)
+
+    def write_through(self) -> None:
+        """Have all that was written, and each write from now on, on the target's disk when it returns."""
+        self.target.write_through()
 
     def close(self) -> None:
         """Write what was fetched for somebody, make all durable, and let go of the map."""
@@ -279,11 +299,13 @@ class TargetCache:
                 self.fill(*item)
             except BlockferryError as error:  # it stays absent, and hydration meets the same error
                 log.warning("%s", error.message)
+            except Exception:  # without this thread every reader would wait for ever
+                log.exception("unit %d could not be kept", item[0])
 
     # -- the map -------------------------------------------------------------------------------------------------------
 
     def _lock(self, number: int) -> threading.Lock:
-        return self._locks[number % _LOCKS]
+        return self._locks[number % LOCKS]
 
     def _has(self, offset: int) -> bool:
         """Tell whether the block that a byte is in is on the target; what lies beyond the end is."""

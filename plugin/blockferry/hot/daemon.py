@@ -31,7 +31,9 @@ from blockferry.errors import BlockferryError, NotNowError, TargetError, UsageEr
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
+from blockferry.hot.export import Exports, Wish
 from blockferry.hot.hydration import Hydration
+from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
@@ -74,6 +76,11 @@ def socket_path(name: str) -> Path:
     return service.runtime_directory(attachment.KIND) / f"{name}.socket"
 
 
+def nbd_socket_path(name: str) -> Path:
+    """Return where a hot restore's disk is served unless the user says otherwise."""
+    return service.runtime_directory(attachment.KIND) / f"{name}.nbd"
+
+
 def running() -> list[str]:
     """Return the names for which there is a socket."""
     return sorted(path.stem for path in service.runtime_directory(attachment.KIND).glob("*.socket"))
@@ -88,7 +95,31 @@ def detach(request: Request) -> dict[str, Any]:
     """Have a process of its own do what is asked; return its status as soon as the disk can be used."""
     service.make_runtime_directory(attachment.KIND)
     told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
-    return service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    said = service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
+    same = request.snapshot == "latest" or said["snapshot"].startswith(request.snapshot)
+    same_place = (said.get("target", ""), said.get("buffer", "")) == (request.target, request.buffer)
+    if not same or not same_place:
+        where = f" onto {said['target']}" if said.get("target") else ""
+        raise UsageError(
+            f"{request.name}: is attached already, as snapshot {said['snapshot']}{where}",
+            remedy=f"Give this one another --name, or detach that one: blockferry detach {request.name}",
+        )
+    return said
+
+
+def clear_away(name: str) -> None:
+    """Take away what a process that was killed has left: its loop device, as soon as nobody uses it, and its socket.
+
+    Its mount goes by itself, or with the next one (`fuse.py`).
+    """
+    place = socket_path(name)
+    with service.only_one(place, _taken(name)):
+        disk.detach_stale(_loop_record(name))
+        place.unlink(missing_ok=True)
+
+
+def _loop_record(name: str) -> Path:
+    return socket_path(name).with_suffix(".loop")
 
 
 def serve(request: Request) -> None:
@@ -97,11 +128,10 @@ def serve(request: Request) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     place = socket_path(request.name)
-    taken = NotNowError(f"{request.name}: is attached already", remedy=f"blockferry detach {request.name}")
     manager = plugin_manager()
     try:
         with (
-            service.only_one(place, taken),
+            service.only_one(place, _taken(request.name)),
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
@@ -113,6 +143,12 @@ def serve(request: Request) -> None:
         return
 
 
+def _taken(name: str) -> NotNowError:
+    return NotNowError(
+        f"{name}: is attached already", remedy=f"Give this one another --name, or: blockferry detach {name}"
+    )
+
+
 class _StopError(BaseException):
     """Somebody asked us to end."""
 
@@ -121,15 +157,24 @@ class Restoring:
     """A hot restore that is under way."""
 
     def __init__(
-        self, manager: pluggy.PluginManager, request: Request, snapshot: Snapshot, source: Source, cache: RestoreCache
+        self,
+        manager: pluggy.PluginManager,
+        request: Request,
+        snapshot: Snapshot,
+        source: Source,
+        cache: RestoreCache,
+        path: Path,
+        shown: MovableDisk,
     ) -> None:
         self.manager = manager
         self.request = request
         self.snapshot = snapshot
         self.source = source
         self.cache = cache
-        self.path = Path()
-        self.device = ""
+        self.path = path
+        self.shown = shown
+        scratch = service.runtime_directory(attachment.KIND) / f"{request.name}.nbdkit"
+        self.exports = Exports(path, scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
         self.not_mounted = ""
@@ -140,19 +185,25 @@ class Restoring:
             self.hydration = Hydration(cache, threads=threads, rate=request.rate)
 
     def keep(self, listener: socket.socket) -> None:
-        """Answer questions, and put the target in its final state when all is there; until _StopError.
+        """Answer questions, and put the target in its final state when all is there; until _StopError, or until the
+        disk has moved to the target.
 
         Raise TargetError if the target was taken away.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
-                if selector.select(_LOOK_EVERY if self.hydration else _LOOK_RARELY):
+                busy = self.hydration or self._can_move()
+                if selector.select(_LOOK_EVERY if busy else _LOOK_RARELY):
                     service.answer_next(listener, self._answer)
                 self._refuse_to_go_on_without_target()
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
+                if self._can_move():
+                    self._move()
+                if self.shown.moved:
+                    return
 
     def _refuse_to_go_on_without_target(self) -> None:
         """End if the target is gone, so that it can be taken up again when it is back."""
@@ -177,15 +228,33 @@ class Restoring:
             snapshot=self.snapshot, target=cache.about.target, statistics=self.status()
         )
 
+    def _can_move(self) -> bool:
+        """Tell whether the disk can be led to the target now: who is connected from elsewhere would be cut off."""
+        finished = isinstance(self.cache, TargetCache) and self.cache.about.finished
+        return finished and self.shown.is_movable and not self.exports.status()
+
+    def _move(self) -> None:
+        """Lead the disk to the target; we are not needed any more then."""
+        assert isinstance(self.cache, TargetCache)  # noqa: S101  # only that is ever finished
+        try:
+            self.shown.move(self.cache)
+        except BlockferryError as error:
+            self.shown.is_movable = False
+            log.warning("%s; the disk stays where it is until it is detached", error)
+
     def _answer(self, question: dict[str, Any]) -> service.Answer:
         match question.get("do"):
             case "status":
                 return self.status(), b""
+            case "serve":
+                return self.exports.serve(Wish(**question["wish"])).status(), b""
+            case "stop serving":
+                return {"stopped": self.exports.stop()}, b""
             case "detach":
-                users = disk.users_of(self.path)
+                users = [*self.shown.users(), *self.exports.users()]
                 if users and not question.get("force"):
                     told = f"{self.request.name}: in use: {'; '.join(users)}"
-                    raise service.DeclinedError(told, remedy="Unmount it.")
+                    raise service.DeclinedError(told, remedy="Unmount it, here and on the hosts that are connected.")
                 # Ends the main thread's loop once the answer is on its way.
                 threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
                 return self.status(), b""
@@ -196,17 +265,20 @@ class Restoring:
         said: dict[str, Any] = {
             "name": self.request.name,
             "snapshot": self.snapshot.id,
-            "device": self.device,
+            "device": self.shown.device,
             "path": os.fspath(self.path),
             "size": self.cache.size,
             "seconds": round(time.monotonic() - self.began, 3),
             "fetched": self.source.bytes_fetched,
             "rate": self._rate(),
             "repository": "waiting" if self.source.down_since else "reachable",
+            "exports": self.exports.status(),
             "process": os.getpid(),
-            "failure": self.failure or self.not_mounted,
         }
-        return said | self.cache.status() | {"unreadable": self._unreadable()}
+        said |= self.cache.status()
+        writing = self.hydration.failure() if self.hydration else ""
+        said["failure"] = self.failure or said.get("failure") or writing or self.not_mounted
+        return said | {"unreadable": self._unreadable()}
 
     def _rate(self) -> int:
         """Return how many bytes a second were fetched lately."""
@@ -218,6 +290,8 @@ class Restoring:
     def _unreadable(self) -> list[list[int]]:
         """Return (start, length) of what could not be had."""
         numbers = set(self.source.damaged) | set(self.hydration.unreadable() if self.hydration else [])
+        if isinstance(self.cache, TargetCache):
+            numbers = {number for number in numbers if not self.cache.is_whole(number)}
         return [[number * self.source.unit, self.source.length(number)] for number in sorted(numbers)]
 
 
@@ -232,15 +306,19 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         contextlib.closing(_source(repository, chain, request)) as source,
         _cache(manager, source, _options(repository, chain, request)) as cache,
         disk.shown(cache, request.name) as path,
-        disk.loop_device(path, block_size=record.block_size, read_only=not cache.writable) as device,
+        disk.loop_device(
+            path, _loop_record(request.name), block_size=record.block_size, read_only=not cache.writable
+        ) as loop,
+        movable(request.name, loop, cache.size, wanted=isinstance(cache, TargetCache)) as shown,
     ):
-        restoring = Restoring(manager, request, snapshot, source, cache)
-        restoring.path, restoring.device = path, device
+        restoring = Restoring(manager, request, snapshot, source, cache, path, shown)
         if restoring.hydration:
             restoring.hydration.start()
         try:
             yield restoring
         finally:
+            restoring.exports.stop()
+            source.stop_waiting()
             if restoring.hydration:
                 restoring.hydration.stop()
 
@@ -251,7 +329,7 @@ def _mounted(restoring: Restoring, directory: str) -> Iterator[None]:
     if not directory:
         yield
         return
-    with disk.filesystem_at(restoring.device, directory) as failure:
+    with disk.filesystem_at(restoring.shown.device, directory) as failure:
         if failure:
             log.error("%s: %s", restoring.request.name, failure)
         restoring.not_mounted = failure
@@ -304,6 +382,8 @@ def _cache(
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt putting things away
     raise _StopError
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import logging
 import os
 import subprocess
@@ -20,7 +21,7 @@ from blockferry.errors import BlockferryError
 from blockferry.fuse import mounted
 from blockferry.fuse_tree import Node
 from blockferry.hot.cache import RestoreCache
-from blockferry.inuse import device_name, holders_and_mounts
+from blockferry.inuse import device_name
 from blockferry.programs import find
 from blockferry.volume import all_mounts, loops_of
 
@@ -99,8 +100,23 @@ def shown(cache: RestoreCache, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
-    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more."""
+def loop_device(path: Path, record: Path, *, block_size: int, read_only: bool) -> Iterator[str]:
+    """Give a loop device on a file; it goes away with the context, or as soon as nobody uses it any more.
+
+    `record` says in a file which it is: if we are killed, the next one of that record takes it away first.
+    """
+    detach_stale(record)
+    device = attach_loop(path, block_size=block_size, read_only=read_only)
+    try:
+        record.write_text(json.dumps([device, _sequence(device)]))
+        yield device
+    finally:
+        detach_loops(path)
+        record.unlink(missing_ok=True)
+
+
+def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
+    """Return a new loop device on a file, with its partitions."""
     losetup = find("losetup", "mount")
     command = [losetup, "--find", "--show", "--partscan", "--direct-io=on", f"--sector-size={block_size}"]
     if read_only:
@@ -111,11 +127,28 @@ def loop_device(path: Path, *, block_size: int, read_only: bool) -> Iterator[str
             f"{path}: no loop device can be had: {done.stderr.strip()}",
             remedy="Load the kernel module (modprobe loop).",
         )
-    device = done.stdout.strip()
-    try:
-        yield device
-    finally:
-        detach_loops(path)
+    return done.stdout.strip()
+
+
+def detach_stale(record: Path) -> None:
+    """Detach the loop device that a record names, if it is still the same one; in use, it goes when it is not any more.
+
+    The file behind it may be gone and tell nothing any more. The kernel numbers all that ever were attached.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        device, sequence = json.loads(record.read_text())
+        if _sequence(device) == sequence:
+            log.info("%s: detaching what a process that died has left", device)
+            subprocess.run([find("losetup", "mount"), "--detach", device], capture_output=True, check=False)
+    record.unlink(missing_ok=True)
+
+
+def _sequence(device: str) -> str:
+    """Return the number of what is attached to a loop device (sysfs-block, `diskseq`), and the name of its file."""
+    found = Path("/sys/block", Path(device).name)
+    name = Path((found / "loop" / "backing_file").read_text().rstrip("\n")).name
+    number = (found / "diskseq").read_text().strip() if (found / "diskseq").exists() else "unknown"  # Linux 5.15
+    return f"{number} {name}"
 
 
 @contextlib.contextmanager
@@ -163,11 +196,6 @@ def detach_loops(path: Path) -> None:
             name = device_name(loop.device)
             subprocess.run([find("losetup", "mount"), "--detach", name], capture_output=True, check=False)
         time.sleep(0.02)
-
-
-def users_of(path: Path) -> list[str]:
-    """Return who uses the loop devices on a file: their mounts and holders, a phrase each."""
-    return [user for loop in loops_of(os.fspath(path)) for user in holders_and_mounts(loop.device)]
 
 
 @contextlib.contextmanager

@@ -7,12 +7,14 @@ a user who reads in sequence is about to need is fetched without rest: that is t
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from blockferry.errors import BlockferryError
-from blockferry.hot.cache import TargetCache
+from blockferry.hot.cache import LOCKS, TargetCache
 from blockferry.hot.source import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,9 @@ _SHARE = 1 / 8
 """Of the time, for hydration, while the disk is in use."""
 _LONGEST_REST = 2.0
 _AGAIN = 30.0
-"""Seconds until what could not be had is tried again."""
+"""Seconds until what could not be had is tried again, and the longest wait for a target that takes nothing."""
+_AWAY = 5.0
+"""Seconds until a repository that everybody has lost patience with is looked for again."""
 
 
 class Hydration:
@@ -46,6 +50,8 @@ class Hydration:
         self._near: collections.deque[int] = collections.deque()
         self._taken: set[int] = set()
         self._failed: dict[int, float] = {}
+        self._unwritten: dict[int, str] = {}
+        self._in_a_row = 0
         self._per_window = max(_WINDOW // cache.unit, 1)
         self._threads = [
             threading.Thread(target=self._run, args=[index], name=f"hydrate {index}", daemon=True)
@@ -65,8 +71,12 @@ class Hydration:
                 thread.join()
 
     def unreadable(self) -> list[int]:
-        """Return the units that could not be had."""
-        return sorted(self._failed)
+        """Return the units that the repository could not give."""
+        return sorted(set(self._failed) - set(self._unwritten))
+
+    def failure(self) -> str:
+        """Return why the target does not take what the repository gives; empty if it does."""
+        return next(iter(list(self._unwritten.values())), "")
 
     def _run(self, index: int) -> None:
         while not self._stop.is_set() and not self.complete.is_set():
@@ -79,6 +89,9 @@ class Hydration:
                 continue
             try:
                 self._fill(first, end)
+            except Exception:  # the others would wait for this thread's share for ever
+                log.exception("hydration of units %d to %d", first, end)
+                self._failed.update(dict.fromkeys(range(first, end), time.monotonic()))
             finally:
                 with self._lock:
                     self._taken.difference_update(range(first, end))
@@ -121,8 +134,14 @@ class Hydration:
             if not self._taken and self.cache.next_missing(0) < 0:
                 self.complete.set()
             return 0, 0
-        end = first + 1
-        while end - first < most and self.cache.next_missing(end) == end and not self._is_done(end):
+        used = self.cache.is_used(first)
+        end, most = first + 1, most if used else LOCKS
+        while (
+            end - first < most
+            and self.cache.next_missing(end) == end
+            and not self._is_done(end)
+            and self.cache.is_used(end) == used
+        ):
             end += 1
         self._position = end
         return first, end
@@ -140,26 +159,41 @@ class Hydration:
         return self.cache.is_whole(number) or number in self._taken or waits
 
     def _fill(self, first: int, end: int) -> None:
-        """Fill units; those that cannot be had are remembered."""
+        """Fill units, either all of them used or none; those that cannot be had, or written, are remembered."""
+        if not self.cache.is_used(first):
+            self._write(first, end, functools.partial(self.cache.fill_unused, first, end))
+            return
         try:
             contents = self.cache.source.fetch(first, end)
         except UnavailableError as error:
-            if end - first > 1:
+            if self.cache.source.down_since is not None:
+                self._stop.wait(_AWAY)  # nothing is wrong with these, nor with the rest
+            elif end - first > 1:
                 for number in range(first, end):
                     self._fill(number, number + 1)
-                return
-            log.warning("hydration: %s", error.message)
-            self._failed[first] = time.monotonic()
+            else:
+                log.warning("hydration: %s", error.message)
+                self._failed[first] = time.monotonic()
             return
+        for number, content in zip(range(first, end), contents, strict=True):
+            if not self._write(number, number + 1, functools.partial(self.cache.fill, number, content)):
+                return
+
+    def _write(self, first: int, end: int, fill: Callable[[], None]) -> bool:
+        """Have units written to the target; return whether it took them. Where it did not, wait longer and longer."""
         try:
-            for number, content in zip(range(first, end), contents, strict=True):
-                self.cache.fill(number, content)
-                self._failed.pop(number, None)
+            fill()
         except BlockferryError as error:
-            log.error("hydration: %s", error)
-            for number in range(first, end):
-                if not self.cache.is_whole(number):
-                    self._failed[number] = time.monotonic()
+            log.error("hydration: %s", error.message)
+            self._unwritten.update(dict.fromkeys(range(first, end), error.message))
+            self._failed.update(dict.fromkeys(range(first, end), time.monotonic()))
+            self._in_a_row += 1
+            return not self._stop.wait(min(2.0**self._in_a_row, _AGAIN))
+        for number in range(first, end):
+            self._unwritten.pop(number, None)
+            self._failed.pop(number, None)
+        self._in_a_row = 0
+        return True
 
     def _in_use(self) -> bool:
         return time.monotonic() - self.cache.activity.latest < _IN_USE

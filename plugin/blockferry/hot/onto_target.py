@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockferry.errors import UsageError
+from blockferry.errors import NotNowError, UsageError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import CacheOptions, hookimpl
 from blockferry.hot import attachment
@@ -38,6 +38,7 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
             f"{options.name}: is a restore of snapshot {known.snapshot} onto {known.target} already",
             remedy=f"Give this one another --name, or forget that one: blockferry detach --forget {options.name}",
         )
+    _refuse_half_restored(wanted)
     directory = attachment.make_directory(options.name)
     with contextlib.ExitStack() as held:
         target = held.enter_context(
@@ -62,6 +63,16 @@ def _cache(source: Source, options: CacheOptions) -> Iterator[RestoreCache]:
         yield cache
 
 
+def _refuse_half_restored(wanted: Attachment) -> None:
+    """Raise NotNowError if another restore onto the target has begun: what its map says would not be true any more."""
+    for other in attachment.load_all():
+        if other.target == wanted.target and other.name != wanted.name and not other.finished:
+            raise NotNowError(
+                f"{wanted.target}: in use: {other.name} is a restore of snapshot {other.snapshot} onto it",
+                remedy=f"Go on with that one, or forget it: blockferry detach --forget {other.name}",
+            )
+
+
 def _wanted(source: Source, options: CacheOptions) -> Attachment:
     return Attachment(
         name=options.name,
@@ -81,5 +92,10 @@ def _begin(wanted: Attachment, directory: Path, source: Source, target: HotTarge
     state = StateMap.create(directory / "map", source.size, wanted.about(), absent)
     missing = (state.present.count - state.present.total) * state.block
     begun = dataclasses.replace(wanted, total=missing)
+    # A device that bears a mark is in nobody's way if we die before the record is there; a file that has its size is.
+    if target.is_device:
+        target.begin(begun.mark)
     begun.save()
+    if not target.is_device:
+        target.begin(begun.mark)
     return begun, state

@@ -1,8 +1,8 @@
 """What a hot restore reads from the repository: whole units, each fetched once for all who want it at the same time.
 
 A repository that does not answer is not a lost one: it is opened again, with growing pauses, for as long as the user's
-patience lasts, and whoever reads waits. What fails although the repository was just opened again is damaged: that is
-said at once, and remembered, so that nobody waits for it twice; it is tried again now and then.
+patience lasts, and whoever reads waits. What is said to be damaged, twice, although the repository could be opened
+after each time, is: that is remembered, so that nobody waits for it twice; it is tried again now and then.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-from blockferry.errors import BlockferryError, DamagedSnapshotError
+from blockferry.errors import BlockferryError, DamagedSnapshotError, RepositoryError
 from blockferry.layers import Layer
 
 log = logging.getLogger(__name__)
 
 _CACHE_BYTES = 64 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_SURELY = 2
+"""Times that a read has to find damage in a repository that can be opened: while one goes away, files are missing."""
 _TRY_DAMAGED_AGAIN = 60.0
 """Seconds after which a unit that could not be had is worth another look."""
 
@@ -61,7 +63,7 @@ class Source:
         self._state = threading.Condition()
         self._idle: list[Layer] = [first] * (readers if shared else 1)
         self._count = len(self._idle)
-        self._closed = False
+        self._closed = self._hurried = False
         self._units: collections.OrderedDict[int, Future[memoryview]] = collections.OrderedDict()
 
     def length(self, number: int) -> int:
@@ -90,6 +92,12 @@ class Source:
         for start, count in _runs(sorted(mine)):
             self._fill(start, [mine[number] for number in range(start, start + count)])
         return [(mine.get(number) or theirs[number]).result() for number in range(first, end)]
+
+    def stop_waiting(self) -> None:
+        """From now on a repository that does not answer is not waited for, by nobody."""
+        with self._state:
+            self._hurried = True
+            self._state.notify_all()
 
     def close(self) -> None:
         """Let go of every layer; who still reads gets an error."""
@@ -133,21 +141,27 @@ class Source:
     def _read(self, start: int, buffer: memoryview, numbers: range) -> None:
         """Read, and open the repository again as often as patience allows; raise UnavailableError."""
         self._refuse_damaged(numbers)
-        pause, reopened = _FIRST_PAUSE, False
+        pause, said_damaged, began = _FIRST_PAUSE, 0, time.monotonic()
+        opened = False
         while True:
             try:
                 with self._layer() as layer:
                     layer.read_into(start, buffer)
                 self._is_up(len(buffer), numbers)
                 return
-            except BlockferryError as error:
-                if isinstance(error, UnavailableError):
-                    raise
-                log.warning("reading %d bytes at %d: %s", len(buffer), start, error.message)
-                if isinstance(error, DamagedSnapshotError) and reopened and self.down_since is None:
-                    self._remember_damaged(numbers, error)
-                    raise UnavailableError(error.message, remedy=error.remedy) from None
-            reopened = self._reopen(pause)
+            except UnavailableError:
+                raise
+            except Exception as caught:  # whatever an adapter did not think of is a failed read, too
+                error = caught if isinstance(caught, BlockferryError) else RepositoryError(repr(caught))
+            log.warning("reading %d bytes at %d: %s", len(buffer), start, error.message)
+            damaged = isinstance(error, DamagedSnapshotError)
+            if opened and not damaged:
+                self._wait(pause, began, error)
+            opened = self._reopen(pause)
+            said_damaged = said_damaged + 1 if opened and damaged else 0
+            if said_damaged == _SURELY:
+                self._remember_damaged(numbers, error)
+                raise UnavailableError(error.message, remedy=error.remedy) from None
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _refuse_damaged(self, numbers: range) -> None:
@@ -177,18 +191,21 @@ class Source:
         try:
             layer = self._opened()
         except BlockferryError as error:
-            now = time.monotonic()
-            self.down_since = self.down_since or now
-            if now - self.down_since > self._patience:
-                raise UnavailableError(f"the repository does not answer: {error.message}") from None
-            log.warning("the repository does not answer: %s; trying again", error.message)
-            with self._state:
-                if self._state.wait_for(lambda: self._closed, pause):
-                    raise UnavailableError("the disk is being detached") from None
+            self.down_since = since = self.down_since or time.monotonic()
+            self._wait(pause, since, error)
             return False
         self._give_back(layer, fresh=True)
         self.down_since = None
         return True
+
+    def _wait(self, pause: float, since: float, error: BlockferryError) -> None:
+        """Wait before the next try, if patience has not ended; else raise UnavailableError."""
+        if self._hurried or time.monotonic() - since > self._patience:
+            raise UnavailableError(f"the repository does not answer: {error.message}") from None
+        log.warning("the repository does not answer: %s; trying again", error.message)
+        with self._state:
+            if self._state.wait_for(lambda: self._closed or self._hurried, pause):
+                raise UnavailableError("the disk is being detached") from None
 
     def _opened(self) -> Layer:
         with self._opening:

@@ -139,12 +139,19 @@ class StateMap:
         """Return the map in a file; raise BlockferryError if it is not one of this size, about this."""
         block = block_size_for(size)
         count = -(-size // block)
-        stored = path.read_bytes()
+        try:
+            stored = path.read_bytes()
+        except OSError as error:
+            raise BlockferryError(
+                f"{path}: cannot be read: {error.strerror}",
+                remedy="Detach it with --forget, and begin anew with --force.",
+            ) from None
         header = _header(size, block, about)
         length = _stored_length(count)
         if not stored.startswith(header) or len(stored) != PAGE + 2 * length:
             raise BlockferryError(
-                f"{path}: is not the map of this restore", remedy="Detach it, and begin anew with --force."
+                f"{path}: is not the map of this restore",
+                remedy="Detach it with --forget, and begin anew with --force.",
             )
         content = bytearray(stored[PAGE:])
         present, dirty = Bits(count, content[:length]), _zero_padded(count, content[length:])

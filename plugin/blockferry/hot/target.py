@@ -29,7 +29,14 @@ class HotTarget:
     """Bytes of a target, read and written at offsets by several threads. Errors are TargetError."""
 
     def __init__(
-        self, path: str, descriptor: int, size: int, *, head: int | None, block_size: int, blank: bool
+        self,
+        path: str,
+        descriptor: int,
+        size: int,
+        *,
+        head: int | None,
+        block_size: int,
+        blank: bool,
     ) -> None:
         """Borrow the descriptors. `head` is the file that has the first bytes, None when they are in their place.
 
@@ -44,6 +51,27 @@ class HotTarget:
         self._head_lock = threading.Lock()
         self._block_size = block_size
         self._punches = True
+        self._write_through = False
+        self.failure = ""
+        """Why nothing that is written can be made durable any more."""
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the head is in its place."""
+        return self._head is None
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device."""
+        return stat.S_ISBLK(os.fstat(self._descriptor).st_mode)
+
+    def begin(self, mark: str) -> None:
+        """Give a file its size, and the target its mark in the place of its head, durably."""
+        with explained(self.path, "writing"):
+            if not self.is_device:
+                os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
+            _write_all(self._descriptor, memoryview(_marked(mark, min(HEAD, self.size))), 0)
+            os.fdatasync(self._descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -62,6 +90,9 @@ class HotTarget:
             for descriptor, start, piece in self._places(offset, data):
                 with explained(self.path, f"writing {len(piece)} bytes at {start}"):
                     _write_all(descriptor, piece, start)
+        # Asked after it was written: who sets it and then syncs misses nobody.
+        if self._write_through:
+            self.sync()
 
     def zero(self, offset: int, length: int, *, must: bool) -> None:
         """Give back the space of a range, which then reads as zeros; if it `must` be zeros they are written else."""
@@ -75,13 +106,20 @@ class HotTarget:
         for first, last in [(start, inner_start), (inner_end, end)] if punched else [(start, end)]:
             if must:
                 self._write_zeros(first, last)
+        if self._write_through:
+            self.sync()
 
     def sync(self) -> None:
-        """Make all that was written durable."""
-        with explained(self.path, "writing"):
+        """Make all that was written durable. Once that fails it always does.
+
+        What the kernel could not write out it forgets after it has said so, once (fsync(2)): another try would succeed
+        and promise what is not there.
+        """
+        head = self._head
+        with self._lasting_failure():
             os.fdatasync(self._descriptor)
-            if self._head is not None:
-                os.fdatasync(self._head)
+            if head is not None:
+                os.fdatasync(head)
 
     def is_gone(self) -> bool:
         """Tell whether the device was taken away: what is still open is nothing any more."""
@@ -94,7 +132,7 @@ class HotTarget:
 
         `remember` is called when that is so, before anybody writes to the head again.
         """
-        with self._head_lock, explained(self.path, "writing"):
+        with self._head_lock, self._lasting_failure():
             if self._head is None:
                 return
             os.fdatasync(self._descriptor)
@@ -105,6 +143,34 @@ class HotTarget:
                 os.fdatasync(self._descriptor)
             remember()
             self._head, self._head_size = None, 0
+
+    def write_through(self) -> None:
+        """Have everything that was written, and each write from now on, on the disk when it returns."""
+        self._write_through = True
+        self.sync()
+
+    def release(self) -> None:
+        """Let others open the target, too, though it is still written to."""
+        with explained(self.path, "opening it once more"):
+            shared = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        # The number stays, and with it whoever uses it just now: what goes is what held the device exclusively.
+        os.dup2(shared, self._descriptor, inheritable=False)
+        os.close(shared)
+
+    @contextlib.contextmanager
+    def _lasting_failure(self) -> Iterator[None]:
+        """Refuse if making things durable failed before, and remember if it does now."""
+        if self.failure:
+            raise TargetError(
+                f"{self.failure}; nothing was durable since",
+                remedy="Unmount, detach, look at the kernel log, and attach again: it goes on from what is durable.",
+            )
+        try:
+            with explained(self.path, "making it durable"):
+                yield
+        except TargetError as error:
+            self.failure = error.message
+            raise
 
     def _head_held(self, offset: int) -> contextlib.AbstractContextManager[object]:
         """Keep the head where it is while it is written to."""
@@ -125,6 +191,8 @@ class HotTarget:
         try:
             kernel.fallocate(self._descriptor, kernel.PUNCH_HOLE_KEEP_SIZE, start, length)
         except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False  # the kernel does it for who holds the device alone, and that is somebody else by now
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 with explained(self.path, f"zeroing {length} bytes at {start}"):
                     raise
@@ -143,8 +211,8 @@ def open_target(
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`; it has to bear the `mark`. Else a new file is made, or what is there yields to `force`. Raise
-    TargetError as `target.prepare` does.
+    `finished`; it has to bear the `mark`. Else a new file is made, or what is there yields to `force`: it stays empty,
+    a device as it is, until it is told to `begin`. Raise TargetError as `target.prepare` does.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -156,15 +224,24 @@ def open_target(
             with explained(path, "making the file"):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         block_size, blank = 1, not is_device
+        device, begun = None, True
         if is_device:
             device = held.enter_context(claimed_device(path, size, force=force or resume))
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
-            descriptor = held.enter_context(existing_file(path, size, force=force or resume, keep=resume))
+            begun = os.stat(path).st_size > 0
+            length = size if resume else 0
+            descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
+        opened = None if finished else held.enter_context(_open_head(head, size, resume=resume))
+        target = HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank)
         if resume and not finished:
-            _refuse_another(path, descriptor, head, mark)
-        opened = None if finished else held.enter_context(_open_head(head, descriptor, size, mark, resume=resume))
-        yield HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank)
+            if begun:
+                _refuse_another(path, descriptor, head, mark)
+            else:
+                target.begin(mark)
+        yield target
+        if device and target.is_volume:
+            device.announce(size)
 
 
 def bears(path: str, mark: str) -> bool:
@@ -201,20 +278,17 @@ def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
 
 
 @contextlib.contextmanager
-def _open_head(path: Path, target: int, size: int, mark: str, *, resume: bool) -> Iterator[int]:
-    """Open the file that has the head, made anew unless we resume; with it the target gets the mark, durably."""
+def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
+    """Open the file that has the head, made anew unless we resume."""
     flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_TRUNC)
     with explained(str(path), "opening it"):
         descriptor = os.open(path, flags, 0o600)
     try:
-        length = min(HEAD, size)
         if not resume:
             with explained(str(path), "writing"):
-                os.ftruncate(descriptor, length)
+                os.ftruncate(descriptor, min(HEAD, size))
                 os.fsync(descriptor)
                 kernel.sync_directory(path.parent)
-                _write_all(target, memoryview(_marked(mark, length)), 0)
-                os.fdatasync(target)
         yield descriptor
     finally:
         os.close(descriptor)
