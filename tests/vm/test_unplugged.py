@@ -13,7 +13,7 @@ import pytest
 
 from blockferry.hot import arming, daemon, udev
 from blockferry.hot.arming import Match
-from blockferry.service import NobodyThereError
+from blockferry.service import NobodyThereError, wait_until_free
 from commands_support import blockferry, command, new_depot, run
 from udev_support import udevd, wait_for
 
@@ -86,8 +86,8 @@ def test_a_disk_that_is_pulled_out_and_plugged_in_again_is_gone_on_with(
         first = status()
         disk.pull_out()
         wait_for(lambda: not status(), "its end", PATIENCE)
-        words = daemon.socket_path("scsi").with_suffix(".log").read_text()
-        assert "was taken away" in words.splitlines()[-1]
+        wait_until_free(daemon.socket_path("scsi"))
+        assert "was taken away" in daemon.socket_path("scsi").with_suffix(".log").read_text()
         assert arming.load(match)
         disk.plug_in()
         wait_for(status, "it to go on", PATIENCE)
@@ -97,7 +97,11 @@ def test_a_disk_that_is_pulled_out_and_plugged_in_again_is_gone_on_with(
         watching.terminate()
         watching.wait(30)
     blockferry("detach", "scsi", "--json").json()
-    depot.ferry("arm", "latest", match, "--name", "scsi", "--json").json()
-    wait_for(lambda: not arming.load(match), "all of it", PATIENCE)
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    depot.ferry("arm", "latest", match, "--name", "scsi", "--mount", mnt, "--json").json()
+    wait_for(lambda: not arming.load(match) and not status(), "the disk to move to its target", PATIENCE)
+    assert mnt.is_mount(), "it stays mounted when it has moved"
+    run("umount", mnt)
     blockferry("detach", "scsi", "--json").json()
     run("e2fsck", "-fn", f"/dev/{disk.device.name}")

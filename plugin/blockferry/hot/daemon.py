@@ -329,11 +329,15 @@ def _mounted(restoring: Restoring, directory: str) -> Iterator[None]:
     if not directory:
         yield
         return
-    with disk.filesystem_at(restoring.shown.device, directory) as failure:
-        if failure:
-            log.error("%s: %s", restoring.request.name, failure)
-        restoring.not_mounted = failure
+    failure = restoring.not_mounted = disk.mount(restoring.shown.device, directory)
+    if failure:
+        log.error("%s: %s", restoring.request.name, failure)
+    try:
         yield
+    finally:
+        # One that has moved to its target stays mounted.
+        if not failure and not restoring.shown.moved:
+            disk.unmount(restoring.shown.device, directory)
 
 
 def _named(request: Request) -> str:
