@@ -80,8 +80,9 @@ class Disk:
     def plug_in(self, *options: str) -> str:
         """Attach it, and wait until udev is done with it; return the device."""
         self.device = run("losetup", "--find", "--show", *options, self.path).strip()
+        # An event may be on its way to udevd when it says that it has none left.
+        wait_for(lambda: properties(self.device).get("ID_SERIAL_SHORT") == self.serial, "udev to know the disk")
         run("udevadm", "settle", "--timeout=30")
-        assert properties(self.device)["ID_SERIAL_SHORT"] == self.serial
         return self.device
 
     def unplug(self) -> None:

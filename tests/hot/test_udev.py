@@ -27,7 +27,10 @@ from udev_support import Disk, disks, properties, rule, udevd, wait_for
 
 pytestmark = pytest.mark.root
 
-SIZE = "16M"
+MIB = 1 << 20
+BYTES = (2 + (os.cpu_count() or 1)) * 8 * MIB
+"""More than hydration reads at once, before it minds its rate."""
+SIZE = str(BYTES)
 WORDS = "all work and no play makes a dull boy\n" * 50_000
 PARTITION = "11111111-2222-3333-4444-555555555555"
 
@@ -214,7 +217,7 @@ def test_a_disk_that_is_too_small_is_refused(host: Host) -> None:
     with host.watching():
         disk.plug_in()
         wait_for(lambda: host.refused(disk), "the refusal")
-    assert f"the image needs {16 << 20}" in host.refused(disk)
+    assert f"the image needs {BYTES}" in host.refused(disk)
     assert digest(disk) == before
 
 
@@ -232,6 +235,16 @@ def test_a_disk_that_is_here_already_and_holds_something_is_told_at_once(host: H
     run("mke2fs", "-q", "-t", "ext4", disk.path)
     disk.plug_in()
     assert "holds ext4" in host.arm(disk, code=3).out
+
+
+def test_a_disk_that_cannot_be_mounted_is_restored_all_the_same(host: Host) -> None:
+    disk = host.disk(SIZE)
+    disk.plug_in()
+    run("mount", "-t", "tmpfs", "tmpfs", host.mnt)
+    said = host.arm(disk, "--mount", host.mnt, "--json").json()
+    assert said["state"] == "begun"
+    wait_for(lambda: not host.is_armed(disk), "all of it")
+    assert "something is mounted there already" in host.status(disk)["failure"]
 
 
 def test_a_disarmed_disk_is_left_alone(host: Host) -> None:
@@ -262,21 +275,22 @@ def test_two_disks_with_one_serial_number_are_refused(host: Host) -> None:
 # -- what is never taken for the disk ----------------------------------------------------------------------------------
 
 
-def add_partition(device: str) -> dict[str, str]:
+def add_partition(device: str, size: int) -> dict[str, str]:
     """Show the first partition of a disk, also where the kernel knows no partition tables; return what udev knows."""
-    run("addpart", device, 1, 2048, 8 << 20 >> 9)
+    if not Path(f"{device}p1").exists():
+        run("addpart", device, 1, 2048, size >> 9)
     run("udevadm", "settle")
     return properties(f"{device}p1")
 
 
 def test_an_empty_partition_of_an_armed_disk_is_not_restored_onto(host: Host) -> None:
-    disk = host.disk("48M")
-    run("sfdisk", "--quiet", disk.path, input="label: gpt\nstart=2048, size=32M\n")
+    disk = host.disk(str(BYTES + 8 * MIB))
+    run("sfdisk", "--quiet", disk.path, input=f"label: gpt\nstart=2048, size={BYTES >> 9}\n")
     host.armed_before(disk)
     with host.watching():
         disk.plug_in("--partscan")
         wait_for(lambda: host.refused(disk), "the refusal")
-        known = add_partition(disk.device)
+        known = add_partition(disk.device, BYTES)
         assert known["ID_SERIAL_SHORT"] == disk.serial, "this test tests nothing"
         assert "BLOCKFERRY_ARMED" not in known
     assert "gpt" in host.refused(disk)
@@ -290,7 +304,7 @@ def test_a_partition_inside_what_is_restored_is_not_restored_onto(host: Host) ->
     with host.watching():
         disk.plug_in()
         wait_for(lambda: host.status(disk), "the disk")
-        known = add_partition(host.status(disk)["device"])
+        known = add_partition(host.status(disk)["device"], 8 * MIB)
         assert known["ID_PART_ENTRY_UUID"] == PARTITION, "this test tests nothing"
         assert "BLOCKFERRY_ARMED" not in known
         assert udev.devices_of(Match("partuuid", PARTITION)) == []
@@ -340,6 +354,8 @@ def test_a_restore_goes_on_when_the_disk_has_another_name(host: Host) -> None:
     host.armed_before(disk)
     assert host.ferry("watch", "--once", "--json").json()["target"] == disk.device
     wait_for(lambda: not host.is_armed(disk), "the rest")
+    again = host.ferry("arm", "latest", disk.match, "--repo", host.depot.reference)
+    again.refused(2, "complete, and not detached")
     assert host.ferry("detach", f"serial-{disk.serial}", "--json").json()["finished"]
     run("e2fsck", "-fn", disk.path)
 

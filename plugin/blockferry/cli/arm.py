@@ -61,12 +61,12 @@ def arm(
         mount=_directory(directory),
         rate=rate,
     )
-    attachment.directory_of(wanted.name)
-    arming.arm(_with_snapshot(context, wanted, snapshot))
+    wanted = _with_snapshot(context, wanted, snapshot)
+    _refuse_a_name_in_use(wanted)
+    arming.arm(wanted)
     if not rules.is_installed():
         log.warning("udev does not know of it: `blockferry udev install`, or keep `blockferry watch` running")
-    armed_now = arming.load(device)
-    said = _begin_if_here(armed_now) if armed_now else {}
+    said = _begin_if_here(wanted)
     context.output.result({"version": 1, **said}, lambda: _sentence(said))
     return PartialError.exit_code if said["refused"] else 0
 
@@ -164,6 +164,21 @@ def _with_snapshot(context: Context, wanted: Armed, snapshot: str) -> Armed:
         found = find(listed, snapshot)
         trace(repository, found, listed)
         return dataclasses.replace(wanted, snapshot=found.id)
+
+
+def _refuse_a_name_in_use(wanted: Armed) -> None:
+    """Raise UsageError if another restore has the name; what is known of one that is complete and over is forgotten."""
+    known = attachment.load(wanted.name)
+    if known is None:
+        return
+    if known.finished and wanted.name not in daemon.running():
+        known.forget()
+    elif known.finished or known.snapshot != wanted.snapshot:
+        state = "complete, and not detached" if known.finished else "not complete"
+        raise UsageError(
+            f"{wanted.name}: its restore of snapshot {known.snapshot} onto {known.target} is {state}",
+            remedy=f"Give this one another --name, or end that one: blockferry detach --forget {wanted.name}",
+        )
 
 
 def _storable(reference: str) -> str:

@@ -194,8 +194,11 @@ class TargetCache:
         """Write what was fetched for somebody, make all durable, and let go of the map."""
         self._fetched.put(None)
         self._keeper.join()
-        self.sync()
-        self.state.close()
+        try:
+            if not self.target.is_gone():  # why we end is that, not that it cannot be written to
+                self.sync()
+        finally:
+            self.state.close()
 
     # -- hydration -----------------------------------------------------------------------------------------------------
 

@@ -135,6 +135,7 @@ def serve(request: Request) -> None:
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
+            _mounted(restoring, request.mount),  # may take its time: whoever asks meanwhile is answered then
         ):
             service.notify_systemd(b"READY=1")
             restoring.keep(listener)
@@ -314,8 +315,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         if restoring.hydration:
             restoring.hydration.start()
         try:
-            with _mounted(restoring, request.mount):
-                yield restoring
+            yield restoring
         finally:
             restoring.exports.stop()
             source.stop_waiting()
@@ -329,11 +329,15 @@ def _mounted(restoring: Restoring, directory: str) -> Iterator[None]:
     if not directory:
         yield
         return
-    with disk.filesystem_at(restoring.shown.device, directory) as failure:
-        if failure:
-            log.error("%s: %s", restoring.request.name, failure)
-        restoring.not_mounted = failure
+    failure = restoring.not_mounted = disk.mount(restoring.shown.device, directory)
+    if failure:
+        log.error("%s: %s", restoring.request.name, failure)
+    try:
         yield
+    finally:
+        # One that has moved to its target stays mounted.
+        if not failure and not restoring.shown.moved:
+            disk.unmount(restoring.shown.device, directory)
 
 
 def _named(request: Request) -> str:

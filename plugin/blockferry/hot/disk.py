@@ -155,21 +155,7 @@ def _sequence(device: str) -> str:
     return f"{number} {name}"
 
 
-@contextlib.contextmanager
-def filesystem_at(device: str, directory: str) -> Iterator[str]:
-    """Mount a device for the length of the context, and give why that cannot be, "" if it is mounted.
-
-    Whoever is in it when the context ends keeps the device until he is done, as with a mount of his own.
-    """
-    failure = _mount(device, directory)
-    try:
-        yield failure
-    finally:
-        if not failure:
-            _unmount(device, directory)
-
-
-def _mount(device: str, directory: str) -> str:
+def mount(device: str, directory: str) -> str:
     """Mount a device; return why that cannot be, else ""."""
     if os.path.ismount(directory):
         return f"{directory}: something is mounted there already"
@@ -178,7 +164,7 @@ def _mount(device: str, directory: str) -> str:
     return f"it cannot be mounted: {done.stderr.strip()}" if done.returncode else ""
 
 
-def _unmount(device: str, directory: str) -> None:
+def unmount(device: str, directory: str) -> None:
     """Unmount a device unless somebody did; wait a while for those who are in it."""
     facts = os.stat(device)
     numbers = (os.major(facts.st_rdev), os.minor(facts.st_rdev))

@@ -246,9 +246,16 @@ def open_target(
 
 def bears(path: str, mark: str) -> bool:
     """Tell whether a device or file bears the mark of a restore."""
-    with contextlib.suppress(OSError), open(path, "rb") as target:
-        return bool(mark) and target.read(_SECTOR) == _marked(mark, _SECTOR)
-    return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return bool(mark) and os.pread(descriptor, _SECTOR, 0) == _marked(mark, _SECTOR)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _marked(mark: str, length: int) -> bytes:

@@ -62,6 +62,8 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
+# Where borg and restic keep what they know, as for whoever armed it.
+Environment=HOME=%h
 {environment}# Where the passphrase comes from: BORG_PASSCOMMAND=..., RESTIC_PASSWORD_FILE=..., and the like.
 EnvironmentFile=-/etc/blockferry/environment
 ExecStart={command} udev restore %i
