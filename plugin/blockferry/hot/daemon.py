@@ -147,7 +147,7 @@ class Restoring:
         self.path = path
         self.device = device
         scratch = service.runtime_directory(attachment.KIND) / f"{request.name}.nbdkit"
-        self.exports = Exports(path, scratch, writable=cache.writable)
+        self.exports = Exports(path.with_name(disk.UNCACHED_NAME), scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
