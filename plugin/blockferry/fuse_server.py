@@ -115,7 +115,10 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
         """Open a file for reading."""
         if not self.writable and file.contents.flags & os.O_ACCMODE != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only")
-        file.contents.fh = self.tree.open(os.fsdecode(path))
+        name = os.fsdecode(path)
+        file.contents.fh = self.tree.open(name)
+        if self.tree.node(name).uncached:
+            file.contents.direct_io = 1
 
     def read(self, _path: bytes, into: Any, size: int, offset: int, file: Any) -> int:
         """Let the tree fill libfuse's buffer."""

@@ -9,13 +9,15 @@ from typing import NamedTuple, Protocol, runtime_checkable
 class Node(NamedTuple):
     """What `stat` says of a directory or file: its inode, its size in bytes and its times in ns since the epoch.
 
-    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime.
+    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime. Of a file that is
+    `uncached` nothing stays in the kernel's page cache: each read and write reaches the tree.
     """
 
     inode: int
     is_directory: bool
     size: int
     mtime_ns: int
+    uncached: bool = False
 
 
 class Tree(Protocol):

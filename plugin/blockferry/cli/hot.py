@@ -248,8 +248,8 @@ def _row(said: dict[str, Any]) -> tuple[str, ...]:
     if said.get("finished"):
         state = "complete"
     sizes = [decimal(said[key]) if key in said else "" for key in ("hydrated", "total", "dirty", "rate")]
-    for export in said.get("exports", []):
-        state += f", {export['clients']} connections to {export['uri']}"
+    if said.get("exports"):
+        state += f", served, {sum(each['clients'] for each in said['exports'])} connections"
     place = said.get("target") or said.get("buffer", "")
     return (said["name"], said["snapshot"], said["device"], place, *sizes[:3], f"{sizes[3]}/s", state)
 

@@ -31,6 +31,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from blockferry.errors import BlockferryError, UsageError
+from blockferry.extents import ExtentSet
 from blockferry.hookspecs import CacheOptions, hookimpl
 from blockferry.hot import attachment
 from blockferry.hot.cache import RestoreCache, by_unit
@@ -109,7 +110,7 @@ class BufferCache:
         """Fill the buffer from the file, and from the repository what is not in there."""
         for start, piece in by_unit(offset, buffer, self.unit):
             number = start // self.unit
-            if self._is_used(number):
+            if self._used_of(number):
                 self._read_unit(number, start % self.unit, piece)
             else:
                 piece[:] = bytes(len(piece))
@@ -128,13 +129,13 @@ class BufferCache:
     def status(self) -> dict[str, Any]:
         """Return how much of what the snapshot uses is in the buffer now."""
         with self._lock:
-            held = sum(self.source.length(number) for number, unit in self._units.items() if unit.slot >= 0)
+            held = [number for number, unit in self._units.items() if unit.slot >= 0]
         return {
             "target": "",
             "buffer": self._directory,
             "buffer_size": self.slots * self.unit,
             "total": self.source.used.total,
-            "hydrated": held,
+            "hydrated": sum(self._used_of(number).total for number in held),
             "dirty": 0,
             "finished": False,
         }
@@ -144,8 +145,8 @@ class BufferCache:
 
     # -- a unit --------------------------------------------------------------------------------------------------------
 
-    def _is_used(self, number: int) -> bool:
-        return bool(self.source.used.clip(number * self.unit, (number + 1) * self.unit))
+    def _used_of(self, number: int) -> ExtentSet:
+        return self.source.used.clip(number * self.unit, (number + 1) * self.unit)
 
     def _read_unit(self, number: int, start: int, piece: memoryview) -> None:
         """Read some of one unit, which nobody evicts meanwhile."""

@@ -174,7 +174,7 @@ class Restoring:
         self.path = path
         self.shown = shown
         scratch = service.runtime_directory(attachment.KIND) / f"{request.name}.nbdkit"
-        self.exports = Exports(path, scratch, writable=cache.writable)
+        self.exports = Exports(path.with_name(disk.UNCACHED_NAME), scratch, writable=cache.writable)
         self.began = time.monotonic()
         self.failure = ""
         self.not_mounted = ""

@@ -1,7 +1,8 @@
-"""The disk that a hot restore shows: one file through FUSE, and a loop device on it, which any filesystem mounts from.
+"""The disk that a hot restore shows: a file through FUSE, and a loop device on it, which any filesystem mounts from.
 
 The loop device reads and writes past the page cache (`losetup --direct-io`), so that what is acknowledged to the
-filesystem has reached the cache, and nothing is kept twice.
+filesystem has reached the cache, and nothing is kept twice. Whoever else reads has to do so, too: a page that is read
+while the loop device writes it would keep what it was before. For them the same file is there under a second name.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from blockferry.volume import all_mounts, loops_of
 log = logging.getLogger(__name__)
 
 FILE_NAME = "disk"
+UNCACHED_NAME = "uncached"
 _ROOT = Node(1, True, 0, 0)
 _PR_SET_IO_FLUSHER = 57
 _PATIENCE = 10.0
@@ -35,26 +37,30 @@ _PATIENCE = 10.0
 
 
 class ReadOnlyDisk:
-    """A tree of one file that shows a cache."""
+    """A tree of one file, under two names, that shows a cache."""
 
     def __init__(self, cache: RestoreCache) -> None:
         self.cache = cache
-        self._file = Node(2, False, cache.size, 0)
+        self._files = {
+            FILE_NAME: Node(2, False, cache.size, 0),
+            UNCACHED_NAME: Node(3, False, cache.size, 0, uncached=True),
+        }
 
     def node(self, path: str) -> Node:
         """Return the root or the file."""
         if path == "/":
             return _ROOT
-        if path == f"/{FILE_NAME}":
-            return self._file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        try:
+            return self._files[path.removeprefix("/")]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
 
     def children(self, _path: str) -> Iterable[tuple[str, Node]]:
-        """Return the file."""
-        return [(FILE_NAME, self._file)]
+        """Return the file's names."""
+        return self._files.items()
 
     def open(self, path: str) -> int:
-        """Return the file's only handle."""
+        """Return a handle, which is not looked at again."""
         return self.node(path).inode
 
     def read_into(self, _handle: int, offset: int, buffer: memoryview) -> int:
@@ -70,7 +76,7 @@ class ReadOnlyDisk:
 
 
 class Disk(ReadOnlyDisk):
-    """A tree of one file that can be written to as well."""
+    """The same, to be written to as well."""
 
     def write_from(self, _handle: int, offset: int, data: memoryview) -> None:
         """Write to the cache."""

@@ -1,13 +1,13 @@
 """The disk of a hot restore over NBD, for other hosts and programs: one nbdkit a place, all children of our process.
 
-nbdkit's file plugin serves the file that FUSE shows. It offers its clients several connections at a time (multi-conn),
-for which a flush on one has to cover what was written by all: what a client has written is in the cache when it is told
-so, for nothing of it waits in the page cache, and a flush, or a write with FUA, is an `fdatasync`, which is the cache's
-`sync` of all that anybody has written.
+nbdkit's file plugin serves the file that FUSE shows, under the name that knows no page cache: a client reads what is
+there, whoever wrote it. The plugin offers its clients several connections at a time (multi-conn), for which a flush on
+one has to cover what was written by all: what a client has written is in the restore cache when it is told so, and a
+flush, or a write with FUA, is an `fdatasync`, which is the cache's `sync` of all that anybody has written.
 
 We listen, and hand nbdkit the socket (systemd.socket(5), sd_listen_fds(3)): that it is private, or that its address is
-taken, is known before there is any nbdkit. nbdkit ends with us (`--exit-with-parent`), whatever we die of. That means:
-with the thread that started it, which has to be the main one.
+taken, is known before there is any nbdkit. nbdkit ends when we do, whatever we die of: a shell waits at the end of a
+pipe for that, and kills it. Asked to end, by a signal or because its parent died, it would wait for its clients.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 CERTIFICATES = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
 """What nbdkit looks for in its directory of certificates."""
 _AS_DESCRIPTOR_3 = 'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@" 3<&0 </dev/null'
+_KILLED_AT_END = 'trap "" INT HUP TERM; read -r _; kill -KILL "$0"'
 _PATIENCE = 10.0
-"""Seconds for nbdkit to begin, and to end by itself."""
+"""Seconds for nbdkit to begin, and to end."""
 _BACKLOG = 128
 
 
@@ -119,6 +120,9 @@ class Export:
         self.uri = _uri(wish, self._listener)
         try:
             self._process = self._started(scratch)
+            self._watch = subprocess.Popen(
+                ["/bin/sh", "-c", _KILLED_AT_END, str(self._process.pid)], stdin=subprocess.PIPE, start_new_session=True
+            )
         except BaseException:
             self._remove_socket()
             raise
@@ -127,8 +131,8 @@ class Export:
 
     @property
     def ended(self) -> bool:
-        """Whether nbdkit has ended by itself."""
-        return self._process.poll() is not None
+        """Whether nbdkit has ended by itself. Its number stays taken until we close: the shell is to kill no other."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def clients(self) -> int:
         """Return how many connections there are: for each nbdkit has opened the file once."""
@@ -146,19 +150,17 @@ class Export:
     def close(self) -> None:
         """Stop, whoever is connected."""
         self._remove_socket()
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with self._watch:  # closes the pipe, and waits
+            pass
+        with contextlib.suppress(subprocess.TimeoutExpired):  # else it ends with a read that waits for the repository
             self._process.wait(_PATIENCE)
-            return
-        # It waits for a read that waits for the repository. The end of that read, or of the mount, is its end.
-        self._process.kill()
 
     def _started(self, scratch: Path) -> subprocess.Popen[str]:
         """Start nbdkit, and wait until it has read its options."""
         scratch.unlink(missing_ok=True)
         command = [
             find("nbdkit", "nbdkit"),
-            "--exit-with-parent",
+            "--exit-with-parent",  # for the moment until the shell is there
             f"--pidfile={scratch}",
             *([] if self.wish.writable else ["--readonly"]),
             *self.wish.tls_options(),
