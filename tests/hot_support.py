@@ -25,6 +25,8 @@ class Hot:
     target: Path | str
     runtime: Path
     points: list[Path] = dataclasses.field(default_factory=list)
+    path: str = ""
+    """The file behind the disk, since it was attached."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -36,6 +38,7 @@ class Hot:
 
     def attach(self, *options: object, snapshot: str = "latest") -> dict[str, Any]:
         said = self.try_to_attach(*options, snapshot=snapshot).json()
+        self.path = said["path"]
         self.seen.add((Path(said["device"]).name, sequence(Path(said["device"]).name)))
         return said
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +10,7 @@ import pytest
 
 from blockferry_borg.plugin import blockferry_open_repository
 from borg_support import BORGS, Place, missing
+from sshd_support import PROGRAM, Sshd
 
 Make = Callable[..., Place]
 Open = Callable[[Place], object]
@@ -66,45 +62,13 @@ def open_repository() -> Iterator[Open]:
 @pytest.fixture(scope="session")
 def ssh_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """An sshd of our own on 127.0.0.1, which lets us in by a key of our own; BORG_RSH is set to use it."""
-    if not Path("/usr/sbin/sshd").exists():
+    if not PROGRAM.exists():
         pytest.skip("needs sshd: install openssh-server")
-    home = tmp_path_factory.mktemp("sshd")
-    for name in ("host", "user"):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)]
-        subprocess.run(command, check=True)
-    (home / "user.pub").rename(home / "authorized")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {
-        "Port": port,
-        "ListenAddress": "127.0.0.1",
-        "HostKey": home / "host",
-        "AuthorizedKeysFile": home / "authorized",
-        "PidFile": "none",
-        "StrictModes": "no",
-        "UsePAM": "no",
-        "PermitRootLogin": "yes",
-    }
-    (home / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd as root insists on it (privilege separation)
-    options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR -o UserKnownHostsFile=/dev/null"
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", str(home / "sshd_config")]) as server,
-    ):
+    server = Sshd(tmp_path_factory.mktemp("sshd"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BORG_RSH", server.rsh)
+        server.start()
         try:
-            patch.setenv("BORG_RSH", f"ssh -i {home / 'user'} {options}")
-            _wait_for(port)
-            yield port
+            yield server.port
         finally:
-            server.send_signal(signal.SIGTERM)
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(100):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.05)
-    raise AssertionError("sshd does not answer")
+            server.stop()

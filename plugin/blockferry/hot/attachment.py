@@ -51,14 +51,17 @@ class Attachment:
         return {"snapshot": self.snapshot, "mark": self.mark}
 
     def save(self) -> None:
-        """Write it, durably, over what was there."""
+        """Write it, durably, over what was there; raise BlockferryError if that fails."""
         temporary = self.directory / "attachment.new"
-        with temporary.open("w") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.directory / "attachment.json")
-        sync_directory(self.directory)
+        try:
+            with temporary.open("w") as file:
+                json.dump(dataclasses.asdict(self), file, indent=1, sort_keys=True)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.directory / "attachment.json")
+            sync_directory(self.directory)
+        except OSError as error:
+            raise BlockferryError(f"{temporary}: writing failed: {error.strerror}", remedy="Make room there.") from None
 
     def forget(self) -> None:
         """Remove all that is known of it."""

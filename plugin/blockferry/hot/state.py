@@ -33,6 +33,7 @@ from blockferry.kernel import sync_directory
 PAGE = 4096
 _BITS_PER_PAGE = PAGE * 8
 _MOST_BLOCKS = 1 << 28
+_ROOM = "Make room there, or look at the kernel log: nothing that is written to the disk is durable until this works."
 _BATCH = 1 << 24
 """Blocks that are looked at in one pass of numpy: 16 MiB."""
 
@@ -102,12 +103,13 @@ class Bits:
 class StateMap:
     """The map of one target, and its file."""
 
-    def __init__(self, descriptor: int, size: int, block: int, present: Bits, dirty: Bits) -> None:
+    def __init__(self, path: Path, size: int, block: int, present: Bits, dirty: Bits) -> None:
+        self.path = path
         self.size = size
         self.block = block
         self.present = present
         self.dirty = dirty
-        self._descriptor = descriptor
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._syncing = threading.Condition()
         self._busy = False
         self._begun = self._done = 0
@@ -130,9 +132,7 @@ class StateMap:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
-        return cls(
-            os.open(path, os.O_RDWR | os.O_CLOEXEC), size, block, Bits(count, present), _zero_padded(count, dirty)
-        )
+        return cls(path, size, block, Bits(count, present), _zero_padded(count, dirty))
 
     @classmethod
     def load(cls, path: Path, size: int, about: dict[str, Any]) -> Self:
@@ -155,7 +155,7 @@ class StateMap:
             )
         content = bytearray(stored[PAGE:])
         present, dirty = Bits(count, content[:length]), _zero_padded(count, content[length:])
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), size, block, present, dirty)
+        return cls(path, size, block, present, dirty)
 
     def whole(self, unit: int) -> bytearray:
         """Return a byte for each unit of `unit` bytes, a multiple of the block: 1 where all its blocks are present."""
@@ -200,9 +200,11 @@ class StateMap:
                     _write_all(self._descriptor, page, place + number * PAGE)
             if any(pages for _bits, pages in taken):
                 os.fdatasync(self._descriptor)
-        except BaseException:
+        except BaseException as error:
             for bits, pages in taken:
                 bits.give_back(pages)
+            if isinstance(error, OSError):
+                raise BlockferryError(f"{self.path}: writing failed: {error.strerror}", remedy=_ROOM) from None
             raise
 
 
