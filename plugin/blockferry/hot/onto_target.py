@@ -87,5 +87,5 @@ def _begin(wanted: Attachment, directory: Path, source: Source, target: HotTarge
     missing = (state.present.count - state.present.total) * state.block
     begun = dataclasses.replace(wanted, total=missing)
     begun.save()
-    target.grow()
+    target.begin()
     return begun, state

@@ -3,6 +3,9 @@
 What is half restored must not look like a volume: after a crash somebody's fstab, or udev, would mount it. So its head,
 where the signatures of filesystems and partition tables are, lies in a file beside the map until all the rest is there,
 and on the target are zeros. `finish` puts it in its place.
+
+The first sector of the target has a mark meanwhile, known to that file alone. Who goes on looks for it: by the time of
+the next boot another disk may have the device's name, or somebody may have written to the target.
 """
 
 from __future__ import annotations
@@ -10,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blockferry import kernel
-from blockferry.errors import TargetError
+from blockferry.errors import BlockferryError, TargetError
 from blockferry.target import HEAD, claimed_device, existing_file, explained
 
 _ZEROS = bytes(1 << 20)
+_MARK = 512
+"""Bytes of the mark: a sector, which a power cut leaves old or new. The head's file has it behind the head."""
 
 
 class HotTarget:
@@ -38,17 +44,20 @@ class HotTarget:
         self._descriptor = descriptor
         self._head = head
         self._head_size = min(HEAD, size) if head is not None else 0
+        self._mark = os.pread(head, _MARK, self._head_size)[:size] if head is not None else b""
         self._head_lock = threading.Lock()
         self._block_size = block_size
         self._punches = True
         self.failure = ""
         """Why nothing that is written can be made durable any more."""
 
-    def grow(self) -> None:
-        """Give a file its size: until then an attempt to begin that broke off leaves an empty one."""
+    def begin(self) -> None:
+        """Give a file its size and the mark: until then an attempt to begin that broke off leaves an empty one."""
         if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             with explained(self.path, "sizing the file"):
                 os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
+                _write_all(self._descriptor, memoryview(self._mark), 0)
+                os.fdatasync(self._descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with what was written at `offset`."""
@@ -101,10 +110,16 @@ class HotTarget:
         with self._head_lock, self._lasting_failure():
             if self._head is None:
                 return
+            head = memoryview(os.pread(self._head, self._head_size, 0))
+            _write_all(self._descriptor, head[_MARK:], _MARK)
             os.fdatasync(self._descriptor)
-            _write_all(self._descriptor, memoryview(os.pread(self._head, self._head_size, 0)), 0)
+            _write_all(self._descriptor, head[:_MARK], 0)
             os.fdatasync(self._descriptor)
-            remember()
+            try:
+                remember()
+            except BlockferryError:
+                _write_all(self._descriptor, memoryview(self._mark), 0)  # the head's file is still the truth
+                raise
             self._head, self._head_size = None, 0
 
     @contextlib.contextmanager
@@ -157,8 +172,9 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
     """Open a place for an image of `size` bytes and hold it.
 
     `head` is where its first bytes are kept. To `resume`, what is on it stays, and so does the head, unless all was
-    `finished`. Else a new file is made, or what is there yields to `force`: a file is empty then, until it is let
-    `grow`. Raise TargetError as `target.prepare` does.
+    `finished`. Else a new file is made, or what is there yields to `force`: a file is empty then, until all else is
+    ready and it is told to `begin`. Raise TargetError as `target.prepare` does, and if what is to be gone on with is
+    not there.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -169,17 +185,27 @@ def open_target(path: str, size: int, head: Path, *, resume: bool, finished: boo
             is_device = False
             with explained(path, "making the file"):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        block_size, blank = 1, not is_device
+        block_size, blank, begun = 1, not is_device, True
         if is_device:
             device = held.enter_context(claimed_device(path, size, force=force or resume))
             descriptor, block_size = device.descriptor, device.volume.block_size
         else:
             length = size if resume else 0
+            begun = os.stat(path).st_size > 0
             descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
-        if not resume and is_device:
-            _zero_head(path, descriptor, size)
         head_descriptor = None if finished else held.enter_context(_open_head(head, size, resume=resume))
-        yield HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+        if head_descriptor is not None:
+            with explained(path, "looking at its head"):
+                mark = os.pread(head_descriptor, _MARK, min(HEAD, size))
+                if resume and begun:
+                    _check_mark(path, descriptor, head_descriptor, mark)
+                elif is_device:
+                    _write_all(descriptor, memoryview((mark + bytes(min(HEAD, size)))[: min(HEAD, size)]), 0)
+                    os.fdatasync(descriptor)
+        target = HotTarget(path, descriptor, size, head=head_descriptor, block_size=block_size, blank=blank)
+        if resume and not begun:
+            target.begin()
+        yield target
 
 
 @contextlib.contextmanager
@@ -192,6 +218,8 @@ def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
         if not resume:
             with explained(str(path), "writing"):
                 os.ftruncate(descriptor, min(HEAD, size))
+                mark = f"half restored by blockferry, {secrets.token_hex(16)}\n".encode().ljust(_MARK, b"\0")
+                _write_all(descriptor, memoryview(mark), min(HEAD, size))
                 os.fsync(descriptor)
                 kernel.sync_directory(path.parent)
         yield descriptor
@@ -199,10 +227,15 @@ def _open_head(path: Path, size: int, *, resume: bool) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _zero_head(path: str, target: int, size: int) -> None:
-    with explained(path, "writing"):
-        _write_all(target, memoryview(bytes(min(HEAD, size))), 0)
-        os.fdatasync(target)
+def _check_mark(path: str, target: int, head: int, mark: bytes) -> None:
+    """Raise TargetError unless a target has the mark, or the head in its place: `finish` was broken off then."""
+    length = os.fstat(head).st_size - len(mark)
+    if os.pread(target, _MARK, 0).startswith(mark[:length]) or os.pread(target, length, 0) == os.pread(head, length, 0):
+        return
+    raise TargetError(
+        f"{path}: is not what this restore was begun on, or was written to since",
+        remedy="Name the right device. To begin anew: `blockferry detach --forget`, then attach with --force.",
+    )
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
