@@ -104,3 +104,30 @@ def test_two_restores_do_not_get_in_each_other_s_way(depot: Depot, restore: Hot,
     restore.detach("--forget")
     shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
     assert other.attach("--force")["target"] == str(restore.target)
+
+
+@pytest.mark.parametrize("depot", ["borg"], indirect=True)
+def test_another_disk_under_the_same_name_is_not_gone_on_with(restore: Hot, attach: Attach, tmp_path):
+    file = sized(tmp_path / "disk.img", 40 * MIB)
+    restore.target = attach(file)
+    restore.attach("--rate", "1M", "--threads", "1")
+    restore.detach()
+    begun = file.read_bytes()
+    assert begun[512:MIB] == bytes(MIB - 512)
+    assert run("wipefs", "--noheadings", file) == ""
+    # After a reboot: a disk of somebody else, with a filesystem on it, is called so.
+    run("losetup", "--detach", restore.target)
+    run("mkfs.ext4", "-q", "-F", file)
+    other = file.read_bytes()
+    run("losetup", restore.target, file)
+    restore.try_to_attach().refused(1, "not what this restore began on", "--forget")
+    restore.try_to_attach("--force").refused(1, "not what this restore began on")
+    restore.assert_no_traces()
+    run("losetup", "--detach", restore.target)
+    assert file.read_bytes() == other
+    file.write_bytes(begun)
+    run("losetup", restore.target, file)
+    restore.attach()
+    restore.wait_until_finished()
+    restore.detach()
+    assert file.read_bytes()[: 32 * MIB] == (tmp_path / "noise.img").read_bytes()

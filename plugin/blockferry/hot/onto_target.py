@@ -94,8 +94,8 @@ def _begin(wanted: Attachment, directory: Path, source: Source, target: HotTarge
     begun = dataclasses.replace(wanted, total=missing)
     # A device that bears a mark is in nobody's way if we die before the record is there; a file that has its size is.
     if target.is_device:
-        target.begin(begun.mark)
+        target.begin()
     begun.save()
     if not target.is_device:
-        target.begin(begun.mark)
+        target.begin()
     return begun, state

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blockferry import kernel
-from blockferry.errors import TargetError
+from blockferry.errors import BlockferryError, TargetError
 from blockferry.target import HEAD, claimed_device, existing_file, explained
 
 _ZEROS = bytes(1 << 20)
@@ -37,10 +37,11 @@ class HotTarget:
         head: int | None,
         block_size: int,
         blank: bool,
+        mark: str = "",
     ) -> None:
         """Borrow the descriptors. `head` is the file that has the first bytes, None when they are in their place.
 
-        `blank`: what was never written reads as zeros.
+        `blank`: what was never written reads as zeros. `mark` is what the target bears in the place of its head.
         """
         self.path = path
         self.size = size
@@ -52,6 +53,7 @@ class HotTarget:
         self._block_size = block_size
         self._punches = True
         self._write_through = False
+        self._mark = mark
         self.failure = ""
         """Why nothing that is written can be made durable any more."""
 
@@ -65,12 +67,12 @@ class HotTarget:
         """Whether it is a block device."""
         return stat.S_ISBLK(os.fstat(self._descriptor).st_mode)
 
-    def begin(self, mark: str) -> None:
+    def begin(self) -> None:
         """Give a file its size, and the target its mark in the place of its head, durably."""
         with explained(self.path, "writing"):
             if not self.is_device:
                 os.ftruncate(self._descriptor, max(self.size, os.fstat(self._descriptor).st_size))
-            _write_all(self._descriptor, memoryview(_marked(mark, min(HEAD, self.size))), 0)
+            _write_all(self._descriptor, memoryview(_marked(self._mark, min(HEAD, self.size))), 0)
             os.fdatasync(self._descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -141,7 +143,12 @@ class HotTarget:
             for first, end in ((_SECTOR, len(head)), (0, _SECTOR)):
                 _write_all(self._descriptor, head[first:end], first)
                 os.fdatasync(self._descriptor)
-            remember()
+            try:
+                remember()
+            except BlockferryError:
+                # The head's file is still the truth.
+                _write_all(self._descriptor, memoryview(_marked(self._mark, min(_SECTOR, self.size))), 0)
+                raise
             self._head, self._head_size = None, 0
 
     def write_through(self) -> None:
@@ -233,12 +240,12 @@ def open_target(
             length = size if resume else 0
             descriptor = held.enter_context(existing_file(path, length, force=force or resume, keep=resume))
         opened = None if finished else held.enter_context(_open_head(head, size, resume=resume))
-        target = HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank)
+        target = HotTarget(path, descriptor, size, head=opened, block_size=block_size, blank=blank, mark=mark)
         if resume and not finished:
             if begun:
                 _refuse_another(path, descriptor, head, mark)
             else:
-                target.begin(mark)
+                target.begin()
         yield target
         if device and target.is_volume:
             device.announce(size)
@@ -271,9 +278,9 @@ def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
         if os.pread(target, first, 0) == _marked(mark, first) or os.pread(target, len(stored), 0) == stored:
             return
     raise TargetError(
-        f"{path}: is not what this restore began on",
-        remedy="Devices get other names at a reboot. Name the right one, which begins with `blockferry: half "
-        "restored`, and by --name what the restore is called.",
+        f"{path}: is not what this restore began on, or was written to since",
+        remedy="Devices get other names at a reboot: name the right one, which begins with `blockferry: half restored`, "
+        "and by --name what the restore is called. To begin anew: `blockferry detach --forget`, and attach with --force.",
     )
 
 
