@@ -279,8 +279,8 @@ def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
             return
     raise TargetError(
         f"{path}: is not what this restore began on, or was written to since",
-        remedy="Devices get other names at a reboot: name the right one, which begins with `blockferry: half restored`, "
-        "and by --name what the restore is called. To begin anew: `blockferry detach --forget`, and attach with --force.",
+        remedy="Devices get other names at a reboot: name the right one, which begins with `blockferry: half restored`,"
+        " and by --name what the restore is called. To begin anew: `blockferry detach --forget`, then attach --force.",
     )
 
 
