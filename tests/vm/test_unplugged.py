@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from blockferry.service import NobodyThereError, wait_until_free
 from commands_support import blockferry, command, new_depot, run
 from udev_support import udevd, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.thorough]
+pytestmark = [pytest.mark.root, pytest.mark.thorough, pytest.mark.timeout(1200)]
 
-SIZE = "64M"
+SIZE = "40M"
 HOSTS = Path("/sys/bus/pseudo/drivers/scsi_debug/adapter0")
-PATIENCE = 120
+PATIENCE = 300
 
 
 class ScsiDisk:
@@ -51,7 +50,7 @@ def disk() -> Iterator[ScsiDisk]:
         yield disk
         with contextlib.suppress(NobodyThereError):
             daemon.ask("scsi", {"do": "detach", "force": True})
-        time.sleep(2)
+            wait_until_free(daemon.socket_path("scsi"))
         subprocess.run(["modprobe", "-r", "scsi_debug"], check=False)
 
 
