@@ -137,7 +137,8 @@ class Hydration:
     def _is_done(self, number: int) -> bool:
         failed = self._failed.get(number)
         waits = failed is not None and time.monotonic() - failed < _AGAIN
-        return self.cache.is_whole(number) or number in self._taken or waits
+        there = self.cache.is_whole(number) or self.cache.is_coming(number)
+        return there or number in self._taken or waits
 
     def _fill(self, first: int, end: int) -> None:
         """Fill units; those that cannot be had are remembered."""
