@@ -244,19 +244,23 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "state"))
 
 
-@pytest.fixture(params=["borg", "restic"])
-def depot(request: pytest.FixtureRequest, tmp_path: Path) -> Depot:
-    return new_depot(request.param, tmp_path / "repository")
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image of 64 MiB, full but for a hole."""
-    path = tmp_path / "volume.img"
+    path = tmp_path_factory.mktemp("volume") / "volume.img"
     path.write_bytes(random.Random(9).randbytes(48 << 20))
     with path.open("r+b") as file:
         file.truncate(64 << 20)
     return path
+
+
+@pytest.fixture(scope="module")
+def depots(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Depot]:
+    """A repository of each tool that has the volume."""
+    made = {tool: new_depot(tool, tmp_path_factory.mktemp(tool) / "repository") for tool in ("borg", "restic")}
+    for depot in made.values():
+        assert depot.ferry("backup", volume).code == 0
+    return made
 
 
 @contextlib.contextmanager
@@ -271,9 +275,11 @@ def attached(depot: Depot, *words: object) -> Iterator[dict]:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("runtime")
-def test_a_disk_larger_than_its_buffer_is_read_through_it(depot: Depot, volume: Path, tmp_path: Path) -> None:
-    depot.ferry("backup", volume, "--json").json()
-    with attached(depot, "--buffer", tmp_path, "--size", "20M") as said:
+@pytest.mark.parametrize("tool", ["borg", "restic"])
+def test_a_disk_larger_than_its_buffer_is_read_through_it(
+    depots: dict[str, Depot], tool: str, volume: Path, tmp_path: Path
+) -> None:
+    with attached(depots[tool], "--buffer", tmp_path, "--size", "20M") as said:
         assert (said["name"], said["target"], said["buffer"]) == ("latest", "", str(tmp_path))
         assert Path(said["device"]).is_block_device()
         run("cmp", volume, said["device"])
@@ -301,14 +307,12 @@ def space_of_the_buffer(process: int, directory: Path) -> int:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("runtime")
-def test_a_disk_of_a_full_filesystem_is_read_all_the_same(volume: Path, tmp_path: Path) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    depot.ferry("backup", volume, "--json").json()
+def test_a_full_filesystem_makes_no_read_fail(depots: dict[str, Depot], volume: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=14M", "none", small)
     try:
-        with attached(depot, "--buffer", small, "--size", "32M") as said:
+        with attached(depots["borg"], "--buffer", small, "--size", "32M") as said:
             run("cmp", volume, said["device"])
             assert blockferry("status", "latest", "--json").json()["hydrated"] <= 14 << 20
         assert "No space left on device" in (tmp_path / "run" / "hot" / "latest.log").read_text()
@@ -318,10 +322,10 @@ def test_a_disk_of_a_full_filesystem_is_read_all_the_same(volume: Path, tmp_path
 
 @pytest.mark.root
 @pytest.mark.usefixtures("runtime")
-def test_one_that_was_killed_is_known_until_it_is_detached(volume: Path, tmp_path: Path) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    depot.ferry("backup", volume, "--json").json()
-    with attached(depot, "--buffer", tmp_path, "--size", "32M", "--name", "gone") as said:
+def test_one_that_was_killed_is_known_until_it_is_detached(
+    depots: dict[str, Depot], volume: Path, tmp_path: Path
+) -> None:
+    with attached(depots["borg"], "--buffer", tmp_path, "--size", "32M", "--name", "gone") as said:
         os.kill(said["process"], 9)
         run("losetup", "--detach", said["device"])
         wait_for_end_of(said["process"])
@@ -353,10 +357,10 @@ def test_words_that_say_no_place_are_refused(words: tuple[str, ...], told: str) 
 
 @pytest.mark.root
 @pytest.mark.usefixtures("runtime")
-def test_a_name_that_is_attached_is_not_taken_for_another(volume: Path, tmp_path: Path) -> None:
-    depot = new_depot("borg", tmp_path / "repository")
-    depot.ferry("backup", volume, "--json").json()
-    with attached(depot, "--buffer", tmp_path, "--size", "32M"):
-        other = depot.ferry("attach", "latest", tmp_path / "target", "--name", "latest")
+def test_a_name_that_is_attached_is_not_taken_for_another(
+    depots: dict[str, Depot], volume: Path, tmp_path: Path
+) -> None:
+    with attached(depots["borg"], "--buffer", tmp_path, "--size", "32M"):
+        other = depots["borg"].ferry("attach", "latest", tmp_path / "target", "--name", "latest")
         other.refused(75, "is attached already")
         assert not (tmp_path / "target").exists()

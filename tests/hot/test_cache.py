@@ -8,6 +8,7 @@ import os
 import random
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from blockferry.errors import DamagedSnapshotError, RepositoryError
 from blockferry.extents import ExtentSet
+from blockferry.hot import source
 from blockferry.hot.attachment import Attachment
 from blockferry.hot.cache import TargetCache
 from blockferry.hot.source import Source, UnavailableError
@@ -326,3 +328,27 @@ def test_patience_ends(tmp_path: Path) -> None:
     source = Source(image, open_another, UNIT, readers=2, patience=0.2)
     with pytest.raises(UnavailableError, match="no route to host"):
         source.get(0)
+
+
+def test_a_unit_that_waits_to_be_written_is_not_fetched_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_CACHE_BYTES", 0)  # four units
+    writing = threading.Event()
+    write = rig.target.write
+
+    def write_slowly(offset: int, data: memoryview) -> None:
+        writing.wait()
+        write(offset, data)
+
+    monkeypatch.setattr(rig.target, "write", write_slowly)
+    try:
+        for number in [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]:
+            assert read(rig.cache, number * UNIT, BLOCK) == rig.image.content[number * UNIT : number * UNIT + BLOCK]
+        assert rig.image.reads == dict.fromkeys(range(8), 1)
+        assert not rig.cache.is_whole(0)
+        assert rig.cache.is_coming(0)
+    finally:
+        writing.set()
+    deadline = time.monotonic() + 20
+    while any(map(rig.cache.is_coming, range(8))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(map(rig.cache.is_whole, range(8)))

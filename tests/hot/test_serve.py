@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from blockferry.errors import UsageError
+from blockferry.hot.export import Wish, checked
 from commands_support import Depot, blockferry, new_depot, run
 from hot_hosts_support import Host, hosts
 
@@ -30,21 +32,25 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "state"))
 
 
-@pytest.fixture(params=["borg", "restic"])
-def depot(request: pytest.FixtureRequest, tmp_path: Path) -> Depot:
-    return new_depot(request.param, tmp_path / "repository")
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image of 96 MiB: data, a hole, data; the hole begins and ends within a unit."""
-    path = tmp_path / "volume.img"
+    path = tmp_path_factory.mktemp("volume") / "volume.img"
     chance = random.Random(11)
     with path.open("wb") as file:
         file.write(chance.randbytes(40 * MIB + 65536))
         file.seek(55 * MIB - 65536)
         file.write(chance.randbytes(41 * MIB + 65536))
     return path
+
+
+@pytest.fixture(scope="module")
+def depots(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Depot]:
+    """A repository of each tool that has the volume."""
+    made = {tool: new_depot(tool, tmp_path_factory.mktemp(tool) / "repository") for tool in ("borg", "restic")}
+    for depot in made.values():
+        assert depot.ferry("backup", volume).code == 0
+    return made
 
 
 class Restore:
@@ -79,11 +85,9 @@ def attached(depot: Depot, *words: object, server: Host | None = None) -> Iterat
 
 
 @pytest.fixture
-def restore(volume: Path, tmp_path: Path) -> Iterator[Restore]:
-    """A restore onto a file, from restic."""
-    depot = new_depot("restic", tmp_path / "repository")
-    depot.ferry("backup", volume)
-    with attached(depot, tmp_path / "target.img") as it:
+def restore(depots: dict[str, Depot], tmp_path: Path) -> Iterator[Restore]:
+    """A restore onto a file, from borg: it opens its repository sooner."""
+    with attached(depots["borg"], tmp_path / "target.img") as it:
         yield it
 
 
@@ -111,11 +115,11 @@ def bytes_of_used_units(depot: Depot) -> int:
 # -- several hosts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("onto", ["target", "buffer"])
+@pytest.mark.parametrize(("tool", "onto"), [("borg", "target"), ("restic", "target"), ("restic", "buffer")])
 def test_two_hosts_read_a_volume_at_once_and_every_unit_is_fetched_once(
-    depot: Depot, volume: Path, tmp_path: Path, onto: str
+    depots: dict[str, Depot], volume: Path, tmp_path: Path, tool: str, onto: str
 ) -> None:
-    depot.ferry("backup", volume)
+    depot = depots[tool]
     kept = tmp_path / "kept"
     kept.mkdir()
     place = [kept / "target.img"] if onto == "target" else ["--buffer", kept, "--size", "128M"]
@@ -176,9 +180,10 @@ def make_certificate(authority: Path, place: Path, name: str) -> None:
     key.chmod(0o600)
 
 
-def test_only_who_has_a_certificate_is_served(volume: Path, tmp_path: Path, certificates: Path) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    depot.ferry("backup", volume)
+def test_only_who_has_a_certificate_is_served(
+    depots: dict[str, Depot], volume: Path, tmp_path: Path, certificates: Path
+) -> None:
+    depot = depots["borg"]
     listen = ("--listen", f"10.99.255.1:{PORT}")
     with (
         hosts(1, hidden=(depot.path,)) as (server, other),
@@ -253,7 +258,9 @@ def qemu_io(*words: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_what_a_client_wrote_and_flushed_is_durable_and_the_disk_shows_it(restore: Restore, tmp_path: Path) -> None:
+def test_what_a_client_wrote_and_flushed_is_durable_and_the_disk_shows_it(
+    restore: Restore, depots: dict[str, Depot], tmp_path: Path
+) -> None:
     uri = restore.serve("--write")
     # Within units that were not used, are fetched, and end the volume; the last by FUA instead of a flush.
     written = [(50 * MIB, 65536, 0x41), (3 * MIB + 512, 4096, 0x42), (96 * MIB - 4096, 4096, 0x43)]
@@ -268,9 +275,8 @@ def test_what_a_client_wrote_and_flushed_is_durable_and_the_disk_shows_it(restor
             assert disk.read(length) == bytes([pattern]) * length
     os.kill(restore.process, 9)  # what was not made durable, the map does not know
     run("losetup", "--detach", restore.device)
-    depot = Depot("restic", tmp_path / "repository", {"RESTIC_PASSWORD": "correct horse battery staple"})
     wait_for(lambda: not servers())
-    with attached(depot, tmp_path / "target.img") as again, open(again.device, "rb") as disk:
+    with attached(depots["borg"], tmp_path / "target.img") as again, open(again.device, "rb") as disk:
         for offset, length, pattern in written:
             disk.seek(offset)
             assert disk.read(length) == bytes([pattern]) * length
@@ -322,7 +328,9 @@ def test_it_is_in_use_while_somebody_is_connected(restore: Restore, tmp_path: Pa
     assert not (tmp_path / "run" / "hot" / "it.nbd").exists()
 
 
-def test_it_is_served_no_longer_than_its_process_lives(restore: Restore, tmp_path: Path) -> None:
+def test_it_is_served_no_longer_than_its_process_lives(
+    restore: Restore, depots: dict[str, Depot], tmp_path: Path
+) -> None:
     uri = restore.serve()
     client = subprocess.Popen(["qemu-io", "-r", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_for(lambda: restore.status()["exports"][0]["clients"] == 1)
@@ -331,8 +339,7 @@ def test_it_is_served_no_longer_than_its_process_lives(restore: Restore, tmp_pat
     client.communicate()
     run("losetup", "--detach", restore.device)
     assert (tmp_path / "run" / "hot" / "it.nbd").exists(), "nobody could take it away"
-    depot = Depot("restic", tmp_path / "repository", {"RESTIC_PASSWORD": "correct horse battery staple"})
-    with attached(depot, tmp_path / "target.img") as again:
+    with attached(depots["borg"], tmp_path / "target.img") as again:
         assert run("nbdinfo", "--size", again.serve()).strip() == str(96 * MIB)
 
 
@@ -348,23 +355,34 @@ def test_an_nbdkit_that_died_is_not_called_an_export(restore: Restore) -> None:
 
 
 @pytest.mark.parametrize(
+    ("wish", "insecure", "told"),
+    [
+        (Wish(host="127.0.0.1"), False, "whoever reaches that address could read the disk"),
+        (Wish(host="0.0.0.0"), True, "every network"),
+        (Wish(host="::"), True, "every network"),
+        (Wish(host=""), True, "no address"),
+        (Wish(host="127.0.0.1", tls="/nowhere"), False, "not there: /nowhere"),
+        (Wish(host="127.0.0.1", tls="/etc"), False, "/etc/server-key.pem"),
+        (Wish(host="127.0.0.1", tls="/etc/passwd"), False, "others can read"),
+        (Wish(host="127.0.0.1", tls="/etc"), True, "exclude"),
+        (Wish(socket="/tmp/x"), True, "for --listen"),
+    ],
+)
+def test_what_would_show_the_disk_to_anybody_is_refused(wish: Wish, insecure: bool, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        checked(wish, insecure=insecure)
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--listen", "127.0.0.1:1"), "whoever reaches that address could read the disk"),
-        (("--listen", "0.0.0.0:1", "--insecure"), "every network"),
         (("--listen", "[::]:1", "--insecure"), "every network"),
-        (("--listen", ":1", "--insecure"), "no address"),
         (("--listen", "10.0.0.1", "--insecure"), "HOST:PORT"),
-        (("--listen", "127.0.0.1:1", "--tls", "/nowhere"), "not there: /nowhere"),
-        (("--listen", "127.0.0.1:1", "--tls", "/etc"), "/etc/server-key.pem"),
-        (("--listen", "127.0.0.1:1", "--tls", "/etc/passwd"), "others can read"),
-        (("--listen", "127.0.0.1:1", "--tls", "/etc", "--insecure"), "exclude"),
         (("--listen", "127.0.0.1:1", "--socket", "/tmp/x", "--insecure"), "exclude"),
-        (("--insecure",), "for --listen"),
         (("--stop", "--write"), "--stop"),
     ],
 )
-def test_words_that_would_show_the_disk_to_anybody_are_refused(words: tuple[str, ...], told: str) -> None:
+def test_words_that_name_no_place_are_refused(words: tuple[str, ...], told: str) -> None:
     blockferry("serve", "it", *words).refused(2, told)
 
 
@@ -374,9 +392,6 @@ def test_what_cannot_be_served_is_an_error_and_leaves_nothing(restore: Restore, 
     (tmp_path / "a file").touch()
     blockferry("serve", "it", "--socket", tmp_path / "a file").refused(1, "a file: cannot be listened at")
     blockferry("serve", "it", "--listen", "192.0.2.1:1", "--insecure").refused(1, "192.0.2.1:1")
-    bad = tmp_path / "bad.psk"
-    bad.write_text("")
-    bad.chmod(0o600)
     (tmp_path / "tls").mkdir()
     for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
         (tmp_path / "tls" / name).touch(0o600)
@@ -385,10 +400,10 @@ def test_what_cannot_be_served_is_an_error_and_leaves_nothing(restore: Restore, 
     assert not servers()
 
 
-def test_a_restore_without_a_target_cannot_be_written_to(volume: Path, tmp_path: Path) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    depot.ferry("backup", volume)
-    with attached(depot, "--buffer", tmp_path, "--size", "32M") as restore:
+def test_a_restore_without_a_target_cannot_be_written_to(
+    depots: dict[str, Depot], volume: Path, tmp_path: Path
+) -> None:
+    with attached(depots["borg"], "--buffer", tmp_path, "--size", "32M") as restore:
         blockferry("serve", "it", "--write").refused(1, "read-only")
         run("nbdcopy", restore.serve(), tmp_path / "copy.img")
         run("cmp", tmp_path / "copy.img", volume)

@@ -113,7 +113,8 @@ class TargetCache:
         self._used = source.used.coalesce(_WRITTEN_THROUGH)
         self._whole = state.whole(self.unit)
         self._locks = [threading.Lock() for _ in range(LOCKS)]
-        self._fetched: queue.Queue[tuple[int, memoryview] | None] = queue.Queue(_WAITING_TO_BE_WRITTEN)
+        self._fetched: queue.Queue[int | None] = queue.Queue(_WAITING_TO_BE_WRITTEN)
+        self._unwritten: dict[int, memoryview] = {}
         self._keeper = threading.Thread(target=self._keep_fetched, name="hot keep", daemon=True)
         self._keeper.start()
 
@@ -210,6 +211,10 @@ class TargetCache:
         """Tell whether all of a unit is on the target."""
         return bool(self._whole[number])
 
+    def is_coming(self, number: int) -> bool:
+        """Tell whether a unit was fetched for somebody, and is about to be written."""
+        return number in self._unwritten
+
     def is_used(self, number: int) -> bool:
         """Tell whether the snapshot has anything in a unit."""
         return bool(self.source.used.clip(number * self.unit, (number + 1) * self.unit))
@@ -243,9 +248,11 @@ class TargetCache:
 
     def _fetch(self, number: int) -> memoryview:
         """Return a unit for somebody who waits for it, and have it written to the target."""
-        self.activity.missed(number)
-        content = self.source.get(number)
-        self._fetched.put((number, content))
+        content = self._unwritten.get(number)
+        if content is None:
+            self.activity.missed(number)
+            content = self._unwritten[number] = self.source.get(number)
+            self._fetched.put(number)
         return content
 
     def _write_part(self, offset: int, length: int, data: memoryview | None) -> None:
@@ -255,7 +262,7 @@ class TargetCache:
         start, end = offset // block * block, min(-(-stop // block) * block, self.size)
         torn = [(start, offset), (stop, end)]  # what is left of the first and of the last block
         lacking = any(last > first and not self._has(first) for first, last in torn)
-        content = self.source.get(number) if lacking else memoryview(b"")
+        content = (self._unwritten.get(number) or self.source.get(number)) if lacking else memoryview(b"")
         with self._lock(number):
             # What is absent may have become present meanwhile, never the other way: `content` has what is lacking.
             before, after = (
@@ -294,13 +301,15 @@ class TargetCache:
 
     def _keep_fetched(self) -> None:
         """Write what was fetched for readers to the target, behind their backs."""
-        while (item := self._fetched.get()) is not None:
+        while (number := self._fetched.get()) is not None:
             try:
-                self.fill(*item)
+                if number in self._unwritten:
+                    self.fill(number, self._unwritten[number])
             except BlockferryError as error:  # it stays absent, and hydration meets the same error
                 log.warning("%s", error.message)
             except Exception:  # without this thread every reader would wait for ever
-                log.exception("unit %d could not be kept", item[0])
+                log.exception("unit %d could not be kept", number)
+            self._unwritten.pop(number, None)
 
     # -- the map -------------------------------------------------------------------------------------------------------
 

@@ -156,7 +156,8 @@ class Hydration:
     def _is_done(self, number: int) -> bool:
         failed = self._failed.get(number)
         waits = failed is not None and time.monotonic() - failed < _AGAIN
-        return self.cache.is_whole(number) or number in self._taken or waits
+        there = self.cache.is_whole(number) or self.cache.is_coming(number)
+        return there or number in self._taken or waits
 
     def _fill(self, first: int, end: int) -> None:
         """Fill units, either all of them used or none; those that cannot be had, or written, are remembered."""
