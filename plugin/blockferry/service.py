@@ -98,6 +98,8 @@ def ask(place: Path, question: dict[str, Any], *, name: str) -> Answer:
                 _write(stream, question, b"")
                 answer = _read_line(stream)
                 payload = _read_payload(stream, int(answer.get("payload", 0)))
+        except ConnectionResetError:
+            raise NobodyThereError(f"{name}: what ran for it has just ended") from None
         except (OSError, ValueError) as error:
             raise DeclinedError(f"{name}: what runs for it does not answer: {error}") from None
     if "declined" in answer:
