@@ -136,7 +136,7 @@ class Worker:
     def receive(self, patience: float | None = None) -> Reply:
         """Return the next reply; raise the BlockferryError that it stands for, or that the worker died of.
 
-        `patience` is for how many seconds to wait, where an answer never takes long: then a worker that hangs is killed.
+        `patience` is for how many seconds to wait, where no answer takes long: then a worker that hangs is killed.
         """
         if not self._greeted:
             # Only now: whoever starts a worker has other things to do while it imports borg.
