@@ -87,13 +87,15 @@ def test_what_was_synced_before_a_power_cut_is_there_when_the_restore_goes_on(
         "PYTHON": sys.executable,
         "REPOSITORY": depot.reference,
         "BLOCKFERRY_STATE_DIR": str(tmp_path / "state"),
+        "BORG_BASE_DIR": str(tmp_path / "borg"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     (tmp_path / "state").mkdir()
     target = str(tmp_path / "target.img")
+    drive = f"-drive file={target},format=raw,if=virtio"
     inside = ["env", *(f"{name}={value}" for name, value in (words | depot.env).items()), "sh", "-c", INSIDE]
     guest = subprocess.Popen(
-        [str(ROOT / "scripts/vm"), "--disk", target, "--rwdir", str(tmp_path), "--", *inside],
+        [str(ROOT / "scripts/vm"), f"--qemu-opts={drive}", "--rwdir", str(tmp_path), "--", *inside],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
