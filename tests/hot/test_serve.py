@@ -173,7 +173,7 @@ def make_certificate(authority: Path, place: Path, name: str) -> None:
     place.mkdir()
     usage = "dns_name = server\nip_address = 10.99.255.1\ntls_www_server" if kind == "server" else "tls_www_client"
     info = place / f"{kind}.info"
-    info.write_text(f"cn = {name}\n{usage}\nencryption_key\nsigning_key\nexpiration_days = 3650\n")
+    info.write_text(f"cn = {name}\n{usage}\nencryption_key\nsigning_key\nexpiration_days = 1825\n")
     key, certificate = place / f"{kind}-key.pem", place / f"{kind}-cert.pem"
     run("certtool", "--generate-privkey", "--outfile", key)
     run(
@@ -347,7 +347,7 @@ def test_it_is_in_use_while_somebody_is_connected(restore: Restore, tmp_path: Pa
     client = subprocess.Popen(["qemu-io", "-r", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         wait_for(lambda: restore.status()["exports"][0]["clients"] == 1)
-        blockferry("detach", "it").refused(1, "in use", "1 connection", uri)
+        blockferry("detach", "it").refused(1, "in use", f"{uri} (1 connected)")
     finally:
         client.communicate()
     wait_for(lambda: restore.status()["exports"][0]["clients"] == 0)
