@@ -11,6 +11,8 @@ import mmap
 import os
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +30,9 @@ BATCH = 8 << 20
 """Bytes of a slot that are filled at a time, or one chunk: some chunks, so that asking costs nothing."""
 
 LOCK_WAIT_VARIABLE = "BLOCKFERRY_LOCK_WAIT"
+READ_PATIENCE_VARIABLE = "BLOCKFERRY_READ_PATIENCE"
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at whether a worker hangs."""
 _PATIENCE = 60.0
 """Seconds for which a worker may roll back and let go of its lock before it is told to, and then made to."""
 
@@ -36,12 +41,21 @@ Reply = dict[str, Any]
 
 def lock_wait() -> int:
     """Return for how many seconds to wait for a repository's lock; raise UsageError if the variable holds no number."""
-    text = os.environ.get(LOCK_WAIT_VARIABLE, "1")
+    return _seconds(LOCK_WAIT_VARIABLE, "1")
+
+
+def read_patience() -> int:
+    """Return for how many seconds a read may take: some chunks, over a slow line. UsageError likewise."""
+    return _seconds(READ_PATIENCE_VARIABLE, "300")
+
+
+def _seconds(variable: str, default: str) -> int:
+    text = os.environ.get(variable, default)
     try:
         return max(0, math.ceil(float(text)))
     except (ValueError, OverflowError):
         raise UsageError(
-            f"{LOCK_WAIT_VARIABLE}: {text!r} is not a number of seconds", remedy="Set it to one, or leave it unset."
+            f"{variable}: {text!r} is not a number of seconds", remedy="Set it to one, or leave it unset."
         ) from None
 
 
@@ -92,9 +106,11 @@ class Worker:
         assert self._process.stdin and self._process.stdout  # noqa: S101  # both are pipes
         self._requests, self._replies = self._process.stdin, self._process.stdout
         self._said: collections.deque[str] = collections.deque(maxlen=20)
-        self._listener = threading.Thread(target=self._listen, name="borg log", daemon=True)
-        self._listener.start()
+        self._listener = _started(self._listen, "borg log")
         self._greeted = False
+        self._hung = False
+        self._deadline: float | None = None
+        self._watcher: threading.Thread | None = None
         try:
             self.send(repository=repository, lock_wait=lock_wait(), slot=SLOT_SIZE)
         except BaseException:
@@ -117,17 +133,25 @@ class Worker:
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
 
-    def receive(self) -> Reply:
-        """Return the next reply; raise the BlockferryError that it stands for, or that the worker died of."""
+    def receive(self, patience: float | None = None) -> Reply:
+        """Return the next reply; raise the BlockferryError that it stands for, or that the worker died of.
+
+        `patience` is for how many seconds to wait, where no answer takes long: then a worker that hangs is killed.
+        """
         if not self._greeted:
             # Only now: whoever starts a worker has other things to do while it imports borg.
             self._greeted = True
             self.receive()
+        if patience is not None:
+            self._deadline = time.monotonic() + patience
+            self._watcher = self._watcher or _started(self._watch, "borg watch")
         line = self._replies.readline()
+        self._deadline = None
         if not line.endswith(b"\n"):
             self.close()
+            how = "did not answer in time" if self._hung else f"ended with status {self._process.returncode}"
             raise RepositoryError(
-                f"{self.where}: borg's process ended with status {self._process.returncode}{self._last_words()}",
+                f"{self.where}: borg's process {how}{self._last_words()}",
                 remedy="Try the same with borg itself (borg info, borg check).",
             )
         reply: Reply = json.loads(line)
@@ -162,6 +186,15 @@ class Worker:
                     insist()
         self._listener.join(1)
         self._replies.close()
+
+    def _watch(self) -> None:
+        """Kill a worker that lets its deadline pass: it hangs on a network that is gone, or a disk."""
+        while self._process.poll() is None:
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._hung = True
+                self._process.kill()
+            time.sleep(_LOOK_EVERY)
 
     def _listen(self) -> None:
         """Pass on what the worker logs: warnings to the log, all of it to whoever asks why it died."""
@@ -198,6 +231,12 @@ def _start(installation: Installation, memory: int, passphrase: Passphrase) -> s
     finally:
         if secret is not None:
             os.close(secret)
+
+
+def _started(work: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def _message(line: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
-from blockferry_borg.client import BATCH, SLOT_SIZE, SLOTS, Worker
+from blockferry_borg.client import BATCH, SLOT_SIZE, SLOTS, Worker, read_patience
 
 RECORD_LIMIT = 16 << 20
 MAP_LIMIT = 1 << 30
@@ -31,6 +31,7 @@ class OpenArchive:
         self.unit: int = opened["unit"]
         self.sizes: dict[str, int] = opened["sizes"]
         self._lock = threading.Lock()
+        self._patience = read_patience()
         self._count = 0
         self._unanswered = 0
         self._answered: dict[int, Exception | None] = {}
@@ -56,7 +57,7 @@ class OpenArchive:
         """Return when a request is answered; raise DamagedSnapshotError or another error if it cannot be."""
         with self._lock:
             while number not in self._answered:
-                reply = self.worker.receive()
+                reply = self.worker.receive(self._patience)
                 self._unanswered -= 1
                 self._answered[reply["read"]] = self.worker.error(reply) if "error" in reply else None
             error = self._answered.pop(number)

@@ -45,7 +45,7 @@ _LARGEST_MAP = 1 << 30
 class ResticRepository:
     """A repository by way of restic's command line; a local one is read directly. See `blockferry.repository`."""
 
-    capabilities = frozenset({"reuse", "concurrent"})
+    capabilities = frozenset({"reuse", "concurrent", "parallel"})
 
     def __init__(self, restic: Restic) -> None:
         self.reference = restic.location.reference

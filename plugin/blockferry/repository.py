@@ -52,7 +52,8 @@ class Repository(Protocol):
     reference: str
     """As the user wrote it, without credentials."""
     capabilities: frozenset[str]
-    """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once."""
+    """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once.
+    `parallel`: a layer serves several reads at the same time, else one after the other."""
 
     def unit(self, size: int) -> int:
         """Return the size, in bytes, of the chunks or segments that an image of `size` bytes is stored in."""

@@ -267,3 +267,16 @@ def test_a_full_target_says_so_and_loses_nothing(restore: Hot, noise, tmp_path):
     finally:
         restore.clear_away()
         unmount(place)
+
+
+@pytest.mark.parametrize("depot", ["borg"], indirect=True)
+def test_a_reader_that_hangs_is_replaced(restore: Hot, noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKFERRY_READ_PATIENCE", "3")
+    restore.attach(*SLOWLY)
+    for number, line in restore.processes().items():
+        if "worker/__main__" in line:
+            os.kill(number, signal.SIGSTOP)
+    assert read(restore, LATE, 65536) == noise.read_bytes()[LATE : LATE + 65536]
+    assert restore.status()["repository"] == "reachable"
+    restore.detach()
+    restore.assert_no_traces()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from blockferry.kernel import sync_directory
 from blockferry.state import state_directory
 
 KIND = "hot"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,11 @@ def load(name: str) -> Attachment | None:
 
 
 def load_all() -> list[Attachment]:
-    """Return every hot restore that this host knows of, by name."""
-    directory = state_directory() / KIND
-    names = sorted(each.parent.name for each in directory.glob("*/attachment.json"))
-    return [found for found in map(load, names) if found]
+    """Return every hot restore that this host knows of, by name; what cannot be read is told and left out."""
+    directory, found = state_directory() / KIND, []
+    for name in sorted(each.parent.name for each in directory.glob("*/attachment.json")):
+        try:
+            found.append(load(name))
+        except BlockferryError as error:
+            log.warning("%s", error.message)
+    return [each for each in found if each]

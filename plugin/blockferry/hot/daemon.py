@@ -255,6 +255,8 @@ class Restoring:
                 if users and not question.get("force"):
                     told = f"{self.request.name}: in use: {'; '.join(users)}"
                     raise service.DeclinedError(told, remedy="Unmount it, here and on the hosts that are connected.")
+                if not question.get("force"):
+                    self.cache.sync()  # who detaches is told if that fails
                 # Ends the main thread's loop once the answer is on its way.
                 threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
                 return self.status(), b""

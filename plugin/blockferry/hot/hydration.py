@@ -179,6 +179,8 @@ class Hydration:
         for number, content in zip(range(first, end), contents, strict=True):
             if not self._write(number, number + 1, functools.partial(self.cache.fill, number, content)):
                 return
+        # They are views of one large piece of memory, which the last of them keeps.
+        self.cache.source.forget(first, end)
 
     def _write(self, first: int, end: int, fill: Callable[[], None]) -> bool:
         """Have units written to the target; return whether it took them. Where it did not, wait longer and longer."""

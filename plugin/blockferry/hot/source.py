@@ -93,6 +93,14 @@ class Source:
             self._fill(start, [mine[number] for number in range(start, start + count)])
         return [(mine.get(number) or theirs[number]).result() for number in range(first, end)]
 
+    def forget(self, first: int, end: int) -> None:
+        """Let go of what was fetched of units that nobody will ask for any more."""
+        with self._state:
+            for number in range(first, end):
+                future = self._units.get(number)
+                if future is not None and future.done():
+                    del self._units[number]
+
     def stop_waiting(self) -> None:
         """From now on a repository that does not answer is not waited for, by nobody."""
         with self._state:
