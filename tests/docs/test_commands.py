@@ -91,6 +91,7 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("restore", "latest", copy, "--repo", repository),
                 ("attach", "latest", hot, "--repo", repository),
                 ("status", "hot.img"),
+                ("serve", "hot.img"),
                 ("detach", "hot.img"),
                 ("verify", "latest", "--repo", repository, "--against", copy),
                 ("arm", "latest", "serial:NOWHERE", "--repo", repository),

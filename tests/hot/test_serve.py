@@ -27,6 +27,7 @@ from hot_hosts_support import Host, hosts
 pytestmark = pytest.mark.root
 MIB = 1 << 20
 PORT = 10809
+NAME = f"served-{os.getpid()}"  # device-mapper and the mounts know it, too
 SECONDS = float(os.environ.get("BLOCKFERRY_TEST_SECONDS", "2"))
 
 
@@ -77,7 +78,7 @@ class Restore:
 
 @contextlib.contextmanager
 def attached(depot: Depot, *words: object, server: Host | None = None) -> Iterator[Restore]:
-    words = ("attach", "latest", *words, "--name", "it", "--repo", depot.reference, "--json")
+    words = ("attach", "latest", *words, "--name", NAME, "--repo", depot.reference, "--json")
     if server:
         said = json.loads(run(*server.ferry(*words), env=os.environ | depot.env))
     else:
@@ -85,7 +86,7 @@ def attached(depot: Depot, *words: object, server: Host | None = None) -> Iterat
     try:
         yield Restore(said)
     finally:
-        blockferry("detach", "it", "--force")
+        blockferry("detach", NAME, "--force")
 
 
 @pytest.fixture
@@ -103,9 +104,9 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 def servers() -> list[str]:
-    """Return the nbdkit processes that serve a disk of the restore `it`."""
+    """Return the nbdkit processes that serve this test's disk."""
     done = subprocess.run(["pgrep", "-a", "nbdkit"], capture_output=True, text=True, check=False)
-    return [line for line in done.stdout.splitlines() if "hot-it" in line]
+    return [line for line in done.stdout.splitlines() if f"{os.environ['BLOCKFERRY_RUNTIME_DIR']}/" in line]
 
 
 def bytes_of_used_units(depot: Depot) -> int:
@@ -173,7 +174,7 @@ def make_certificate(authority: Path, place: Path, name: str) -> None:
     place.mkdir()
     usage = "dns_name = server\nip_address = 10.99.255.1\ntls_www_server" if kind == "server" else "tls_www_client"
     info = place / f"{kind}.info"
-    info.write_text(f"cn = {name}\n{usage}\nencryption_key\nsigning_key\nexpiration_days = 3650\n")
+    info.write_text(f"cn = {name}\n{usage}\nencryption_key\nsigning_key\nexpiration_days = 1825\n")
     key, certificate = place / f"{kind}-key.pem", place / f"{kind}-cert.pem"
     run("certtool", "--generate-privkey", "--outfile", key)
     run(
@@ -209,7 +210,7 @@ def test_only_who_has_a_certificate_is_served(
 
         keys = tmp_path / "keys.psk"
         run("psktool", "--username=other", f"--pskfile={keys}")
-        blockferry("serve", "it", *listen, "--tls", keys)
+        blockferry("serve", NAME, *listen, "--tls", keys)
         other.run("nbdinfo", f"nbds://other@{server.address}:{PORT}/?tls-psk-file={keys}")
         (tmp_path / "wrong.psk").write_text("other:" + "00" * 32 + "\n")
         other.fails("nbdinfo", f"nbds://other@{server.address}:{PORT}/?tls-psk-file={tmp_path}/wrong.psk")
@@ -221,7 +222,7 @@ def test_only_who_has_a_certificate_is_served(
 
 def test_the_socket_is_its_owners_alone(restore: Restore, tmp_path: Path) -> None:
     inside = restore.serve()
-    assert inside == f"nbd+unix:///?socket={tmp_path}/run/hot/it.nbd"
+    assert inside == f"nbd+unix:///?socket={tmp_path}/run/hot/{NAME}.nbd"
     assert stat.S_IMODE((tmp_path / "run" / "hot").stat().st_mode) == 0o700
     outside = Path("/tmp") / f"ferry-{os.getpid()}.nbd"
     uri = restore.serve("--socket", outside)
@@ -234,7 +235,7 @@ def test_the_socket_is_its_owners_alone(restore: Restore, tmp_path: Path) -> Non
             assert done.returncode
             assert "Permission denied" in done.stderr
         assert len(servers()) == 2
-        assert set(blockferry("serve", "it", "--stop", "--json").json()["stopped"]) == {inside, uri}
+        assert set(blockferry("serve", NAME, "--stop", "--json").json()["stopped"]) == {inside, uri}
         assert not servers()
         assert not outside.exists()
         assert restore.status()["exports"] == []
@@ -312,7 +313,7 @@ class Client:
 def test_a_client_never_sees_what_a_block_was_before_it_was_written(restore: Restore, tmp_path: Path) -> None:
     """Were it read through a page cache, a read beside a write would leave the old page there: one in six did."""
     restore.serve()
-    clients = [Client(tmp_path / "run" / "hot" / "it.nbd") for _ in range(4)]
+    clients = [Client(tmp_path / "run" / "hot" / f"{NAME}.nbd") for _ in range(4)]
     done = threading.Event()
 
     def read_beside(client: Client) -> None:
@@ -347,13 +348,13 @@ def test_it_is_in_use_while_somebody_is_connected(restore: Restore, tmp_path: Pa
     client = subprocess.Popen(["qemu-io", "-r", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         wait_for(lambda: restore.status()["exports"][0]["clients"] == 1)
-        blockferry("detach", "it").refused(1, "in use", "1 connection", uri)
+        blockferry("detach", NAME).refused(1, "in use", f"{uri} (1 connected)")
     finally:
         client.communicate()
     wait_for(lambda: restore.status()["exports"][0]["clients"] == 0)
-    assert blockferry("detach", "it").code == 0
+    assert blockferry("detach", NAME).code == 0
     assert not servers()
-    assert not (tmp_path / "run" / "hot" / "it.nbd").exists()
+    assert not (tmp_path / "run" / "hot" / f"{NAME}.nbd").exists()
 
 
 def test_it_is_served_no_longer_than_its_process_lives(
@@ -366,7 +367,7 @@ def test_it_is_served_no_longer_than_its_process_lives(
     wait_for(lambda: not servers())
     client.communicate()
     run("losetup", "--detach", restore.device)
-    assert (tmp_path / "run" / "hot" / "it.nbd").exists(), "nobody could take it away"
+    assert (tmp_path / "run" / "hot" / f"{NAME}.nbd").exists(), "nobody could take it away"
     with attached(depots["borg"], tmp_path / "target.img") as again:
         assert run("nbdinfo", "--size", again.serve()).strip() == str(96 * MIB)
 
@@ -411,19 +412,19 @@ def test_what_would_show_the_disk_to_anybody_is_refused(wish: Wish, insecure: bo
     ],
 )
 def test_words_that_name_no_place_are_refused(words: tuple[str, ...], told: str) -> None:
-    blockferry("serve", "it", *words).refused(2, told)
+    blockferry("serve", NAME, *words).refused(2, told)
 
 
 def test_what_cannot_be_served_is_an_error_and_leaves_nothing(restore: Restore, tmp_path: Path) -> None:
     blockferry("serve", "nothing").refused(1, "nothing runs for it")
-    blockferry("serve", "it", "--socket", tmp_path / "missing" / "it.nbd").refused(1, "cannot be listened at")
+    blockferry("serve", NAME, "--socket", tmp_path / "missing" / "it.nbd").refused(1, "cannot be listened at")
     (tmp_path / "a file").touch()
-    blockferry("serve", "it", "--socket", tmp_path / "a file").refused(1, "a file: cannot be listened at")
-    blockferry("serve", "it", "--listen", "192.0.2.1:1", "--insecure").refused(1, "192.0.2.1:1")
+    blockferry("serve", NAME, "--socket", tmp_path / "a file").refused(1, "a file: cannot be listened at")
+    blockferry("serve", NAME, "--listen", "192.0.2.1:1", "--insecure").refused(1, "192.0.2.1:1")
     (tmp_path / "tls").mkdir()
     for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
         (tmp_path / "tls" / name).touch(0o600)
-    blockferry("serve", "it", "--listen", "127.0.0.1:0", "--tls", tmp_path / "tls").refused(1, "nbdkit")
+    blockferry("serve", NAME, "--listen", "127.0.0.1:0", "--tls", tmp_path / "tls").refused(1, "nbdkit")
     assert restore.status()["exports"] == []
     assert not servers()
 
@@ -432,6 +433,6 @@ def test_a_restore_without_a_target_cannot_be_written_to(
     depots: dict[str, Depot], volume: Path, tmp_path: Path
 ) -> None:
     with attached(depots["borg"], "--buffer", tmp_path, "--size", "32M") as restore:
-        blockferry("serve", "it", "--write").refused(1, "read-only")
+        blockferry("serve", NAME, "--write").refused(1, "read-only")
         run("nbdcopy", restore.serve(), tmp_path / "copy.img")
         run("cmp", tmp_path / "copy.img", volume)

@@ -249,7 +249,7 @@ def _row(said: dict[str, Any]) -> tuple[str, ...]:
         state = "complete"
     sizes = [decimal(said[key]) if key in said else "" for key in ("hydrated", "total", "dirty", "rate")]
     if said.get("exports"):
-        state += f", served, {sum(each['clients'] for each in said['exports'])} connections"
+        state += f", served ({sum(each['clients'] for each in said['exports'])} connected)"
     place = said.get("target") or said.get("buffer", "")
     return (said["name"], said["snapshot"], said["device"], place, *sizes[:3], f"{sizes[3]}/s", state)
 

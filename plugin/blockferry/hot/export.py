@@ -288,8 +288,8 @@ class Exports:
         return [export.status() for export in self._all.values()]
 
     def users(self) -> list[str]:
-        """Return who is connected, a phrase each export."""
-        return [f"{said['clients']} connections to {said['uri']}" for said in self.status() if said["clients"]]
+        """Return where somebody is connected, a phrase each export."""
+        return [f"{said['uri']} ({said['clients']} connected)" for said in self.status() if said["clients"]]
 
     def stop(self) -> list[str]:
         """Stop all of them; return their URIs."""
