@@ -24,7 +24,7 @@ from conftest import Attach, Mount
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
 CUTS = 3 if FULL else 1
-SIZE = 96 << 20
+SIZE = 192 << 20
 
 WRITER = """
 import hashlib, json, os, sys
@@ -46,7 +46,7 @@ for number in range(10**6):
 
 INSIDE = """
 set -eu
-blockferry attach latest /dev/vda --name cut --rate 3M --repo "$REPOSITORY"
+blockferry attach latest /dev/vda --name cut --rate 100K --threads 1 --repo "$REPOSITORY"
 device=$(blockferry status cut --json | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["device"])')
 mkdir -p /run/volume
 mount "$device" /run/volume
@@ -59,7 +59,7 @@ def depot(tmp_path: Path) -> Depot:
     """A repository that holds an ext4 volume."""
     files = tmp_path / "files"
     files.mkdir()
-    for number in range(25):
+    for number in range(100):
         (files / str(number)).write_bytes(os.urandom(1 << 20))
     image = tmp_path / "volume.img"
     run("truncate", "-s", SIZE, image)
