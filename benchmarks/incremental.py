@@ -75,13 +75,7 @@ def main() -> None:
     report = measure.Report("incremental")
     with tempfile.TemporaryDirectory(prefix="blockferry-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")) as directory:
         root = Path(directory)
-        os.environ |= {
-            "BORG_PASSPHRASE": "benchmark",
-            "RESTIC_PASSWORD": "benchmark",
-            "BORG_BASE_DIR": str(root / "borg-home"),
-            "RESTIC_CACHE_DIR": str(root / "restic-home"),
-            "BLOCKFERRY_STATE_DIR": str(root / "state"),
-        }
+        measure.keep_at_home(root)
         host = root / "host.img"
         with host.open("wb") as file:
             file.truncate(2 * TIB)

@@ -149,6 +149,17 @@ def machine() -> dict[str, str]:
     }
 
 
+def keep_at_home(root: Path) -> None:
+    """Have the tools, and blockferry, keep their keys, caches and state below a directory."""
+    os.environ |= {
+        "BORG_PASSPHRASE": "benchmark",
+        "RESTIC_PASSWORD": "benchmark",
+        "BORG_BASE_DIR": str(root / "borg-home"),
+        "RESTIC_CACHE_DIR": str(root / "restic-home"),
+        "BLOCKFERRY_STATE_DIR": str(root / "state"),
+    }
+
+
 @contextlib.contextmanager
 def mounted(image: Path, place: Path) -> Iterator[Path]:
     """Mount an image for writing."""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from blockferry.errors import UsageError
-from blockferry.hot import arming, daemon, udev
+from blockferry.hot import arming, client, udev
 from blockferry.hot.arming import Armed, Match
 from blockferry.service import DeclinedError, NobodyThereError, wait_until_free
 from commands_support import Depot, Done, blockferry, command, new_depot, run
@@ -93,7 +93,7 @@ class Host:
     def status(self, disk: Disk) -> dict[str, Any]:
         """Return what the restore's process says; nothing if there is none."""
         try:
-            return daemon.ask(f"serial-{disk.serial}", {"do": "status"})
+            return client.ask(f"serial-{disk.serial}", {"do": "status"})
         except (NobodyThereError, DeclinedError):
             return {}
 
@@ -120,8 +120,8 @@ class Host:
             run("umount", self.mnt)
         for name in self.names:
             with contextlib.suppress(NobodyThereError):
-                daemon.ask(name, {"do": "detach", "force": True})
-                wait_until_free(daemon.socket_path(name))
+                client.ask(name, {"do": "detach", "force": True})
+                wait_until_free(client.socket_path(name))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.hot import arming, daemon, udev
+from blockferry.hot import arming, client, udev
 from blockferry.hot.arming import Match
 from blockferry.service import NobodyThereError, wait_until_free
 from commands_support import blockferry, command, new_depot, run
@@ -49,14 +49,14 @@ def disk() -> Iterator[ScsiDisk]:
         wait_for(lambda: disk.device, "it to be there", PATIENCE)
         yield disk
         with contextlib.suppress(NobodyThereError):
-            daemon.ask("scsi", {"do": "detach", "force": True})
-            wait_until_free(daemon.socket_path("scsi"))
+            client.ask("scsi", {"do": "detach", "force": True})
+            wait_until_free(client.socket_path("scsi"))
         subprocess.run(["modprobe", "-r", "scsi_debug"], check=False)
 
 
 def status() -> dict[str, object]:
     try:
-        return daemon.ask("scsi", {"do": "status"})
+        return client.ask("scsi", {"do": "status"})
     except NobodyThereError:
         return {}
 
@@ -85,8 +85,8 @@ def test_a_disk_that_is_pulled_out_and_plugged_in_again_is_gone_on_with(
         first = status()
         disk.pull_out()
         wait_for(lambda: not status(), "its end", PATIENCE)
-        wait_until_free(daemon.socket_path("scsi"))
-        assert "was taken away" in daemon.socket_path("scsi").with_suffix(".log").read_text()
+        wait_until_free(client.socket_path("scsi"))
+        assert "was taken away" in client.socket_path("scsi").with_suffix(".log").read_text()
         assert arming.load(match)
         disk.plug_in()
         wait_for(status, "it to go on", PATIENCE)

@@ -17,7 +17,7 @@ from blockferry.cli.context import Context, json_option, reference_from_environm
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, PartialError, UsageError
-from blockferry.hot import arming, attachment, daemon, showing_up
+from blockferry.hot import arming, attachment, client, showing_up
 from blockferry.hot import udev as rules
 from blockferry.hot import watch as watching
 from blockferry.hot.arming import Armed, Match
@@ -171,7 +171,7 @@ def _refuse_a_name_in_use(wanted: Armed) -> None:
     known = attachment.load(wanted.name)
     if known is None:
         return
-    if known.finished and wanted.name not in daemon.running():
+    if known.finished and wanted.name not in client.running():
         known.forget()
     elif known.finished or known.snapshot != wanted.snapshot:
         state = "complete, and not detached" if known.finished else "not complete"
@@ -226,7 +226,7 @@ def _begin_if_here(wanted: Armed) -> dict[str, Any]:
 
 
 def _state(each: Armed) -> str:
-    if each.name in daemon.running():
+    if each.name in client.running():
         return "begun"
     return f"refused: {each.refused}" if each.refused else "waiting"
 

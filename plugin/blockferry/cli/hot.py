@@ -15,9 +15,9 @@ from blockferry import service
 from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hot import arming, attachment, daemon, movable
+from blockferry.hot import arming, attachment, client, daemon, movable
 from blockferry.hot.arming import Armed
-from blockferry.hot.daemon import Request
+from blockferry.hot.client import Request
 from blockferry.volume import default_name
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -103,7 +103,7 @@ def attach(
         daemon.serve(request)
         return
     began = time.monotonic()
-    said = daemon.detach(request)
+    said = client.start(request)
     said["seconds"] = round(time.monotonic() - began, 3)
     context.output.result({"version": 1, **said}, lambda: _sentence(said))
 
@@ -162,13 +162,13 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
     known = attachment.load(name)
     said: dict[str, Any] = {"name": name}
     try:
-        said = daemon.ask(name, {"do": "detach", "force": force})
+        said = client.ask(name, {"do": "detach", "force": force})
         _wait_until_gone(name)
     except service.NobodyThereError as error:
         if not known and not error.broken_off:
             raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
         if error.broken_off:
-            daemon.clear_away(name)
+            client.clear_away(name)
     known = attachment.load(name)
     finished = known is not None and known.finished
     if known and finished:
@@ -190,13 +190,13 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
 
 def _names() -> list[str]:
     known = [each.name for each in attachment.load_all()] + [each.name for each in arming.load_all()]
-    return sorted({*daemon.running(), *known})
+    return sorted({*client.running(), *known})
 
 
 def _status(name: str) -> dict[str, Any]:
     """Return what the process of a restore says, or what is known without one."""
     try:
-        said = daemon.ask(name, {"do": "status"})
+        said = client.ask(name, {"do": "status"})
         return {"state": "complete" if said["finished"] else "attached", **said}
     except service.NobodyThereError as error:
         known = attachment.load(name)
@@ -264,6 +264,6 @@ def _sentence(said: dict[str, Any]) -> str:
 
 def _wait_until_gone(name: str) -> None:
     """Wait until the process of a restore has let go of everything: it holds the lock to its end."""
-    place: Path = daemon.socket_path(name)
+    place: Path = client.socket_path(name)
     with contextlib.suppress(FileNotFoundError):
         service.wait_until_free(place)

@@ -9,7 +9,7 @@ import click
 
 from blockferry.cli.context import Context, json_option
 from blockferry.errors import UsageError
-from blockferry.hot import attachment, daemon
+from blockferry.hot import attachment, client
 from blockferry.hot.export import Wish, checked
 
 
@@ -52,12 +52,12 @@ def serve(
     if stop:
         if path or listen or tls or insecure or write:
             raise UsageError("--stop ends all that serves it", remedy="Leave out the other options.")
-        stopped = daemon.ask(name, {"do": "stop serving"})["stopped"]
+        stopped = client.ask(name, {"do": "stop serving"})["stopped"]
         told = ", ".join(stopped) or "nowhere"
         context.output.result({"version": 1, "name": name, "stopped": stopped}, lambda: f"{name}: was served at {told}")
         return
     wish = checked(_wish(name, path, listen, tls, writable=write), insecure=insecure)
-    said = daemon.ask(name, {"do": "serve", "wish": dataclasses.asdict(wish)})
+    said = client.ask(name, {"do": "serve", "wish": dataclasses.asdict(wish)})
     result = {"version": 1, "name": name, "uri": said["uri"], "writable": said["writable"]}
     may = "read and written" if write else "read"
     context.output.result(result, lambda: f"{name}: can be {may} at {said['uri']}")
@@ -69,7 +69,7 @@ def _wish(name: str, path: str | None, listen: str | None, tls: str | None, *, w
         raise UsageError("--socket and --listen exclude each other", remedy="Serve it twice.")
     keys = os.path.realpath(tls) if tls else ""
     if not listen:
-        return Wish(socket=os.path.realpath(path or daemon.nbd_socket_path(name)), tls=keys, writable=writable)
+        return Wish(socket=os.path.realpath(path or client.nbd_socket_path(name)), tls=keys, writable=writable)
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"--listen {listen}: no port", remedy="Say HOST:PORT, for example 10.0.0.5:10809.")

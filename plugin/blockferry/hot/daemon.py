@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -27,10 +26,11 @@ import pluggy
 
 from blockferry import service
 from blockferry.chain import Chain, trace
-from blockferry.errors import BlockferryError, NotNowError, TargetError, UsageError
+from blockferry.errors import BlockferryError, TargetError, UsageError
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
+from blockferry.hot.client import Request, loop_record, socket_path, taken
 from blockferry.hot.export import Exports, Wish
 from blockferry.hot.hydration import Hydration
 from blockferry.hot.movable import MovableDisk, movable
@@ -49,79 +49,6 @@ _RATE_OVER = 5.0
 """Seconds over which the rate is measured."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a hot restore is to be."""
-
-    name: str
-    reference: str
-    snapshot: str
-    """As the user named it."""
-    target: str = ""
-    buffer: str = ""
-    buffer_size: int = 0
-    force: bool = False
-    rate: float | None = None
-    """Bytes a second, at most, for hydration."""
-    patience: float = 300.0
-    """Seconds for which a repository that does not answer is waited for."""
-    threads: int = 0
-    """How many reads for hydration are under way at a time; 0: as many as there are processors."""
-    mount: str = ""
-    """The directory to mount the disk at; "" for none."""
-
-
-def socket_path(name: str) -> Path:
-    """Return where the process of a hot restore listens."""
-    return service.runtime_directory(attachment.KIND) / f"{name}.socket"
-
-
-def nbd_socket_path(name: str) -> Path:
-    """Return where a hot restore's disk is served unless the user says otherwise."""
-    return service.runtime_directory(attachment.KIND) / f"{name}.nbd"
-
-
-def running() -> list[str]:
-    """Return the names for which there is a socket."""
-    return sorted(path.stem for path in service.runtime_directory(attachment.KIND).glob("*.socket"))
-
-
-def ask(name: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Ask the process of a hot restore; raise service.NobodyThereError if there is none."""
-    return service.ask(socket_path(name), question, name=name)[0]
-
-
-def detach(request: Request) -> dict[str, Any]:
-    """Have a process of its own do what is asked; return its status as soon as the disk can be used."""
-    service.make_runtime_directory(attachment.KIND)
-    told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
-    said = service.start(["-m", "blockferry.hot.daemon"], socket_path(request.name), name=request.name, told=told)
-    same = request.snapshot == "latest" or said["snapshot"].startswith(request.snapshot)
-    same_place = (said.get("target", ""), said.get("buffer", "")) == (request.target, request.buffer)
-    if not same or not same_place:
-        where = f" onto {said['target']}" if said.get("target") else ""
-        raise UsageError(
-            f"{request.name}: is attached already, as snapshot {said['snapshot']}{where}",
-            remedy=f"Give this one another --name, or detach that one: blockferry detach {request.name}",
-        )
-    return said
-
-
-def clear_away(name: str) -> None:
-    """Take away what a process that was killed has left: its loop device, as soon as nobody uses it, and its socket.
-
-    Its mount goes by itself, or with the next one (`fuse.py`).
-    """
-    place = socket_path(name)
-    with service.only_one(place, _taken(name)):
-        disk.detach_stale(_loop_record(name))
-        place.unlink(missing_ok=True)
-
-
-def _loop_record(name: str) -> Path:
-    return socket_path(name).with_suffix(".loop")
-
-
 def serve(request: Request) -> None:
     """Show the disk until somebody says `detach`, or SIGTERM or SIGINT comes. Tells systemd when it is there."""
     service.make_runtime_directory(attachment.KIND)
@@ -131,7 +58,7 @@ def serve(request: Request) -> None:
     manager = plugin_manager()
     try:
         with (
-            service.only_one(place, _taken(request.name)),
+            service.only_one(place, taken(request.name)),
             contextlib.closing(repository_named(manager, request.reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
@@ -141,12 +68,6 @@ def serve(request: Request) -> None:
             restoring.keep(listener)
     except _StopError:
         return
-
-
-def _taken(name: str) -> NotNowError:
-    return NotNowError(
-        f"{name}: is attached already", remedy=f"Give this one another --name, or: blockferry detach {name}"
-    )
 
 
 class _StopError(BaseException):
@@ -309,7 +230,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         _cache(manager, source, _options(repository, chain, request)) as cache,
         disk.shown(cache, request.name) as path,
         disk.loop_device(
-            path, _loop_record(request.name), block_size=record.block_size, read_only=not cache.writable
+            path, loop_record(request.name), block_size=record.block_size, read_only=not cache.writable
         ) as loop,
         movable(request.name, loop, cache.size, wanted=isinstance(cache, TargetCache)) as shown,
     ):

@@ -11,9 +11,9 @@ from typing import Any
 
 from blockferry import service
 from blockferry.errors import BlockferryError, NotNowError, PassphraseError, RepositoryError
-from blockferry.hot import arming, daemon, udev
+from blockferry.hot import arming, client, daemon, udev
 from blockferry.hot.arming import Armed, Match
-from blockferry.hot.daemon import Request
+from blockferry.hot.client import Request
 from blockferry.programs import find
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def begin(armed: Armed) -> dict[str, Any]:
     if udev.systemd_starts_it():
         return _begin_by_systemd(armed)
     with _noted(armed.match):
-        return daemon.detach(request_for(armed))
+        return client.start(request_for(armed))
 
 
 def serve(match: Match) -> None:
@@ -91,6 +91,6 @@ def _begin_by_systemd(armed: Armed) -> dict[str, Any]:
     command = [find("systemctl", "systemd"), "start", unit]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     with contextlib.suppress(service.NobodyThereError):
-        return daemon.ask(armed.name, {"do": "status"})
+        return client.ask(armed.name, {"do": "status"})
     now = arming.load(armed.match) or dataclasses.replace(armed, refused="")
     raise BlockferryError(now.refused or done.stderr.strip(), remedy=f"See: journalctl --unit={unit}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from blockferry import service
 from blockferry.errors import BlockferryError, ToolMissingError
-from blockferry.hot import arming, daemon, udev
+from blockferry.hot import arming, client, udev
 from blockferry.hot.arming import Armed, Match
 from blockferry.hot.showing_up import begin, may_pass
 
@@ -104,7 +104,7 @@ def watch(*, once: bool) -> Iterator[list[dict[str, Any]]]:
 def _state(name: str) -> str:
     """Return whether a restore is `under way`, `broken off`, or neither: ""."""
     try:
-        daemon.ask(name, {"do": "status"})
+        client.ask(name, {"do": "status"})
     except service.NobodyThereError as error:
         return "broken off" if error.broken_off else ""
     except service.DeclinedError:
