@@ -212,13 +212,14 @@ def test_what_is_damaged_is_named_and_the_rest_is_restored(restore: Hot, noise, 
     assert not said["finished"]
     assert 0 < sum(size for _start, size in lost) <= (SIZE * 9 // 10 if hurt is remove_a_pack else 8 * MIB)
     content = noise.read_bytes()
-    for start in range(0, SIZE, MIB):
+    unit = said["unit"]
+    for start in range(0, SIZE, unit):
         if any(first <= start < first + size for first, size in lost):
             with pytest.raises(OSError, match="Input/output") as caught:
-                read(restore, start, MIB)
+                read(restore, start, unit)
             assert caught.value.errno == errno.EIO
         else:
-            assert read(restore, start, MIB) == content[start : start + MIB]
+            assert read(restore, start, unit) == content[start : start + unit]
     # Who has the bytes from elsewhere can write them: then all is there.
     disk = os.open(said["path"], os.O_RDWR)
     for start, size in lost:

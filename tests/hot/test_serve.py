@@ -109,9 +109,8 @@ def servers() -> list[str]:
     return [line for line in done.stdout.splitlines() if f"{os.environ['BLOCKFERRY_RUNTIME_DIR']}/" in line]
 
 
-def bytes_of_used_units(depot: Depot) -> int:
-    """Return how much of `volume` lies in units of the archive that have any data."""
-    unit = depot.ferry("show", "latest", "--json").json()["unit"]
+def bytes_of_used_units(unit: int) -> int:
+    """Return how much of `volume` lies in units that have any data."""
     first, second = (0, 40 * MIB + 65536), (55 * MIB - 65536, 96 * MIB)
     numbers = {number for start, end in (first, second) for number in range(start // unit, -(-end // unit))}
     return len(numbers) * unit
@@ -143,7 +142,7 @@ def test_two_hosts_read_a_volume_at_once_and_every_unit_is_fetched_once(
         run("cmp", tmp_path / "copy.img", volume)
         wait_for(lambda: restore.status()["hydrated"] == restore.status()["total"])
         after = restore.status()
-        assert after["fetched"] == bytes_of_used_units(depot) > after["total"]
+        assert after["fetched"] == bytes_of_used_units(after["unit"]) >= after["total"]
         assert after["exports"] == [{"uri": uri, "writable": False, "clients": 0}]
 
 

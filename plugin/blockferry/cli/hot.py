@@ -55,7 +55,9 @@ def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str 
     metavar="SECONDS",
     help="Wait so long for a repository that does not answer before reads fail.",
 )
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Read so much at a time; else one a processor.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="Read so much at a time; else one more than processors."
+)
 @click.option("--foreground", is_flag=True, help="Stay, until SIGTERM or `detach`: for systemd.")
 @json_option
 @click.pass_obj

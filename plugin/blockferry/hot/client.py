@@ -29,7 +29,7 @@ class Request:
     patience: float = 300.0
     """Seconds for which a repository that does not answer is waited for."""
     threads: int = 0
-    """How many reads for hydration are under way at a time; 0: as many as there are processors."""
+    """How many reads for hydration are under way at a time; 0: one more than processors."""
     mount: str = ""
     """The directory to mount the disk at; "" for none."""
 

@@ -35,6 +35,7 @@ from blockferry.hot.export import Exports, Wish
 from blockferry.hot.hydration import Hydration
 from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
+from blockferry.hot.state import block_size_for
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
 from blockferry.snapshot import Snapshot, find
@@ -45,6 +46,8 @@ _LOOK_EVERY = 0.2
 """Seconds between two looks at whether all is there."""
 _LOOK_RARELY = 2.0
 """The same when all is there: then only the target could be taken away."""
+_SMALL_UNIT = 256 << 10
+"""Bytes that are fetched for somebody who needs a block, where nothing of a larger chunk is lost by that."""
 _RATE_OVER = 5.0
 """Seconds over which the rate is measured."""
 
@@ -102,8 +105,7 @@ class Restoring:
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
         self.hydration: Hydration | None = None
         if isinstance(cache, TargetCache) and not cache.about.finished:
-            threads = request.threads or os.cpu_count() or 1
-            self.hydration = Hydration(cache, threads=threads, rate=request.rate)
+            self.hydration = Hydration(cache, threads=_threads(request), rate=request.rate)
 
     def keep(self, listener: socket.socket) -> None:
         """Answer questions, and put the target in its final state when all is there; until _StopError, or until the
@@ -192,6 +194,7 @@ class Restoring:
             "path": os.fspath(self.path),
             "size": self.cache.size,
             "seconds": round(time.monotonic() - self.began, 3),
+            "unit": self.source.unit,
             "fetched": self.source.bytes_fetched,
             "rate": self._rate(),
             "repository": "waiting" if self.source.down_since else "reachable",
@@ -272,15 +275,21 @@ def _named(request: Request) -> str:
 
 def _source(repository: Repository, chain: Chain, request: Request) -> Source:
     """Return the snapshot's image, read by one more reader than hydration has: who waits need not wait for it."""
-    threads = request.threads or os.cpu_count() or 1
+    record, shared = chain.newest.record, "parallel" in repository.capabilities
     return Source(
         chain.open(repository),
         lambda: chain.open(repository),
-        chain.newest.record.unit,
-        readers=threads + 1,
+        # A reader that is asked for several things at a time keeps what it had to unpack for the first.
+        max(_SMALL_UNIT, 8 * block_size_for(record.size)) if shared else record.unit,
+        readers=_threads(request) + 1,
         patience=request.patience,
-        shared="parallel" in repository.capabilities,
+        shared=shared,
     )
+
+
+def _threads(request: Request) -> int:
+    """Return how many reads for hydration are to be under way: while one is written others are unpacked."""
+    return request.threads or (os.cpu_count() or 1) + 1
 
 
 def _options(repository: Repository, chain: Chain, request: Request) -> CacheOptions:

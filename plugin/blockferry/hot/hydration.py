@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 8 << 20
 """Bytes that are read at a time: a few units, so that asking for them costs little."""
+_STEP = 1 << 20
+"""The same while somebody uses the disk, or waits."""
 _AHEAD = 16 << 20
 """How far ahead of somebody who reads in sequence, and around who does not."""
 _IN_USE = 0.1
@@ -53,6 +55,7 @@ class Hydration:
         self._unwritten: dict[int, str] = {}
         self._in_a_row = 0
         self._per_window = max(_WINDOW // cache.unit, 1)
+        self._per_step = max(_STEP // cache.unit, 1)
         self._threads = [
             threading.Thread(target=self._run, args=[index], name=f"hydrate {index}", daemon=True)
             for index in range(threads)
@@ -101,17 +104,31 @@ class Hydration:
     def _next(self, *, alone: bool) -> tuple[int, int, bool]:
         """Return units to fill, and whether somebody is about to need them; (0, 0) if there are none now."""
         self._look_at_misses()
-        while self._urgent:
-            number = self._urgent.popleft()
-            if not self._is_done(number):
-                return number, number + 1, True
+        first, end = self._from(self._urgent)
+        if first < end:
+            return first, end, True
         if self._in_use() and not alone:
             return 0, 0, False
-        while self._near:
-            number = self._near.popleft()
-            if not self._is_done(number):
-                return number, number + 1, False
-        return *self._in_order(1 if self._in_use() else self._per_window), False
+        first, end = self._from(self._near)
+        if first < end:
+            return first, end, False
+        return *self._in_order(self._per_step if self._in_use() else self._per_window), False
+
+    def _from(self, queued: collections.deque[int]) -> tuple[int, int]:
+        """Take the next units that are missing from a queue, a few at most; (0, 0) if there are none."""
+        while queued:
+            first = queued.popleft()
+            if not self._is_done(first):
+                end = first + 1
+                while end - first < self._per_step and queued and queued[0] == end and self._fits(first, end):
+                    queued.popleft()
+                    end += 1
+                return first, end
+        return 0, 0
+
+    def _fits(self, first: int, number: int) -> bool:
+        """Tell whether a unit is missing, and used like another: then both can be filled in one go."""
+        return not self._is_done(number) and self.cache.is_used(number) == self.cache.is_used(first)
 
     def _look_at_misses(self) -> None:
         """Queue what follows a miss; only the latest ones count."""
@@ -134,14 +151,8 @@ class Hydration:
             if not self._taken and self.cache.next_missing(0) < 0:
                 self.complete.set()
             return 0, 0
-        used = self.cache.is_used(first)
-        end, most = first + 1, most if used else LOCKS
-        while (
-            end - first < most
-            and self.cache.next_missing(end) == end
-            and not self._is_done(end)
-            and self.cache.is_used(end) == used
-        ):
+        end, most = first + 1, most if self.cache.is_used(first) else LOCKS
+        while end - first < most and self.cache.next_missing(end) == end and self._fits(first, end):
             end += 1
         self._position = end
         return first, end

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -140,11 +141,11 @@ class Source:
 
     def _drop_oldest(self) -> None:
         with self._state:
-            most = max(_CACHE_BYTES // self.unit, 4)
-            for number in [each for each, future in self._units.items() if future.done()]:
-                if len(self._units) <= most:
-                    return
-                del self._units[number]
+            surplus = len(self._units) - max(_CACHE_BYTES // self.unit, 4)
+            if surplus > 0:
+                done = (each for each, future in self._units.items() if future.done())
+                for number in list(itertools.islice(done, surplus)):
+                    del self._units[number]
 
     def _read(self, start: int, buffer: memoryview, numbers: range) -> None:
         """Read, and open the repository again as often as patience allows; raise UnavailableError."""
