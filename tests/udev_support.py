@@ -57,7 +57,9 @@ def rule(number: int, text: str) -> Iterator[None]:
     path = RULES / f"{number}-blockferry-test-{secrets.token_hex(4)}.rules"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    run("udevadm", "control", "--reload")
+    reload = ["udevadm", "control", "--reload"]
+    # udevd takes a few requests at a time: where tests run side by side it is busy now and then.
+    wait_for(lambda: not subprocess.run(reload, check=False, capture_output=True).returncode, "udevd to read its rules")
     try:
         yield
     finally:
@@ -116,8 +118,8 @@ def properties(device: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
-    """Wait until something holds."""
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+    """Wait until something holds; `watch` looks by itself every half minute, whatever udev has told it."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

@@ -14,13 +14,16 @@ import fcntl
 import io
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from blockferry import errors
@@ -150,6 +153,35 @@ def wait_until_free(place: Path) -> None:
     """Wait until the process that had the right to listen at `place` has ended; FileNotFoundError if none ever had."""
     with place.with_suffix(".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+# -- being told to end -------------------------------------------------------------------------------------------------
+
+
+class StopError(BaseException):
+    """Somebody asked us to end."""
+
+
+_told_to_end = threading.Event()
+
+
+def end_by_signals() -> None:
+    """Make SIGTERM and SIGINT raise StopError in the main thread, once: another would interrupt putting things away."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+
+
+def end_if_told() -> None:
+    """Raise StopError if we were told to end: what a signal raises in the middle of a finalizer, Python drops."""
+    if _told_to_end.is_set():
+        raise StopError
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    _told_to_end.set()
+    raise StopError
 
 
 # -- who answers -------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_volume_is_used_while_it_comes_back(depot: Depot, images, files, hot, 
     expected = tmp_path / "expected"
     run("cp", "-a", files, expected)
 
-    said = restore.attach("--rate", "16M", "--threads", "1")
+    said = restore.attach("--rate", "4M", "--threads", "1")
     assert said["seconds"] < 10
     assert not said["finished"]
     place = restore.mount(said["device"])

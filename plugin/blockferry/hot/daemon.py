@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pluggy
@@ -55,8 +54,7 @@ _RATE_OVER = 5.0
 def serve(request: Request) -> None:
     """Show the disk until somebody says `detach`, or SIGTERM or SIGINT comes. Tells systemd when it is there."""
     service.make_runtime_directory(attachment.KIND)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    service.end_by_signals()
     place = socket_path(request.name)
     manager = plugin_manager()
     try:
@@ -69,12 +67,8 @@ def serve(request: Request) -> None:
         ):
             service.notify_systemd(b"READY=1")
             restoring.keep(listener)
-    except _StopError:
+    except service.StopError:
         return
-
-
-class _StopError(BaseException):
-    """Somebody asked us to end."""
 
 
 class Restoring:
@@ -108,14 +102,16 @@ class Restoring:
             self.hydration = Hydration(cache, threads=_threads(request), rate=request.rate)
 
     def keep(self, listener: socket.socket) -> None:
-        """Answer questions, and put the target in its final state when all is there; until _StopError, or until the
-        disk has moved to the target.
+        """Answer questions, and put the target in its final state when all is there; until service.StopError.
+
+        Returns when the disk has moved to the target.
 
         Raise TargetError if the target was taken away.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             while True:
+                service.end_if_told()
                 busy = self.hydration or self._can_move()
                 if selector.select(_LOOK_EVERY if busy else _LOOK_RARELY):
                     service.answer_next(listener, self._answer)
@@ -315,12 +311,6 @@ def _cache(
     if opened is None:
         raise UsageError("nowhere to restore to", remedy="Name a target, or a directory for a --buffer.")
     return opened
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt putting things away
-    raise _StopError
 
 
 def _main() -> int:

@@ -37,11 +37,9 @@ import logging
 import os
 import secrets
 import selectors
-import signal
 import socket
 import sys
 import time
-from types import FrameType
 from typing import Any
 
 from blockferry import service
@@ -212,10 +210,6 @@ class Tracking:
         self.ended = kept
 
 
-class _StopError(BaseException):
-    """Somebody asked us to end."""
-
-
 def serve(path: str) -> None:
     """Track a device until somebody says `stop`, or SIGTERM or SIGINT comes; raise BlockferryError if it cannot be.
 
@@ -226,8 +220,7 @@ def serve(path: str) -> None:
     require()
     numbers = numbers_of(path)
     service.make_runtime_directory(protocol.KIND)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    service.end_by_signals()
     taken = NotNowError(f"{path}: is being tracked already", remedy=f"blockferry track stop {path}")
     place = protocol.socket_path(numbers)
     try:
@@ -239,7 +232,7 @@ def serve(path: str) -> None:
             service.notify_systemd(b"READY=1")
             log.info("%s: what is written to it is being tracked", path)
             _answer_all(tracking, listener)
-    except _StopError:
+    except service.StopError:
         return
 
 
@@ -260,6 +253,7 @@ def _answer_all(tracking: Tracking, listener: socket.socket) -> None:
         selector.register(devices, selectors.EVENT_READ)
         due = time.monotonic()
         while True:
+            service.end_if_told()
             ready = [key.fileobj for key, _events in selector.select(max(0.0, due - time.monotonic()))]
             if devices in ready:
                 with contextlib.suppress(OSError):  # nothing left, or more was said than there was room for
@@ -272,7 +266,7 @@ def _answer_all(tracking: Tracking, listener: socket.socket) -> None:
             if listener in ready:
                 asked = service.answer_next(listener, functools.partial(_answer, tracking))
                 if asked.get("do") == "stop":
-                    raise _StopError
+                    raise service.StopError
 
 
 def _answer(tracking: Tracking, question: dict[str, Any]) -> service.Answer:
@@ -289,10 +283,6 @@ def _answer(tracking: Tracking, question: dict[str, Any]) -> service.Answer:
         case "status" | "stop":
             return tracking.status(), b""
     raise service.DeclinedError("not a question that this version knows")
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise _StopError
 
 
 def _main() -> int:
