@@ -23,6 +23,7 @@ from blockferry.hot.showing_up import begin, may_pass
 
 log = logging.getLogger(__name__)
 
+_LOOK_AT_REFUSED_AGAIN = 45.0
 _LOOK_AGAIN = 30.0
 """Seconds until what may pass, such as a repository that does not answer, is tried again."""
 _RECEIVE_BUFFER = 8 << 20
@@ -68,8 +69,11 @@ class Watch:
         try:
             yield begin(armed)
         except BlockferryError as error:
-            log.error("%s: %s", armed.match, error)
-            self._tried[armed.match] = Tried(look, time.monotonic() + _LOOK_AGAIN if may_pass(error) else math.inf)
+            if error.message != armed.refused:
+                log.error("%s: %s", armed.match, error)
+            # udev may not have known all of a device yet when it was refused: what is there now can look the same.
+            pause = _LOOK_AGAIN if may_pass(error) else _LOOK_AT_REFUSED_AGAIN
+            self._tried[armed.match] = Tried(look, time.monotonic() + pause)
         else:
             # Who detaches it does not want it begun again at once; if it breaks off, that is another look.
             self._tried[armed.match] = Tried((*look[:2], False), math.inf)
