@@ -24,6 +24,7 @@ from blockferry.hot.showing_up import begin, may_pass
 log = logging.getLogger(__name__)
 
 _LOOK_AT_REFUSED_AGAIN = 45.0
+"""Seconds until a device that was refused is looked at again although it looks the same."""
 _LOOK_AGAIN = 30.0
 """Seconds until what may pass, such as a repository that does not answer, is tried again."""
 _RECEIVE_BUFFER = 8 << 20
