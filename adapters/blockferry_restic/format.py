@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,22 +156,27 @@ class RepositoryReader:
 
     def index(self) -> BlobIndex:
         """Return the index of the repository as it now is; it is loaded again only if it has changed."""
-        names = frozenset(_listing(self.directory / "index"))
+        names = frozenset(listing(self.directory / "index"))
         if names != self._index_files:
             self._index = self._load_index(sorted(names))
             self._index_files = names
         return self._index
 
-    def snapshots(self, tag: str) -> Iterator[dict[str, Any]]:
-        """Yield what `restic snapshots --json --tag TAG` lists; one that cannot be read is left out, with a warning."""
-        for name in _listing(self.directory / "snapshots"):
+    def snapshots(self, names: Iterable[str], tag: str) -> dict[str, dict[str, Any] | None]:
+        """Return what `restic snapshots --json` lists of these, by id; None for one without the tag.
+
+        One that cannot be read is left out, with a warning.
+        """
+        entries: dict[str, dict[str, Any] | None] = {}
+        for name in names:
             try:
                 found = self._json("snapshots", name)
             except DamagedSnapshotError as error:
                 log.warning("%s", error.message)
                 continue
-            if isinstance(found.get("tags"), list) and tag in found["tags"]:
-                yield found | {"id": name}
+            tagged = isinstance(found.get("tags"), list) and tag in found["tags"]
+            entries[name] = found | {"id": name} if tagged else None
+        return entries
 
     def root(self, index: BlobIndex, snapshot: str) -> Tree:
         """Return the root of a snapshot, given by its full id."""
@@ -295,7 +300,7 @@ class RepositoryReader:
 
 def _master_key(directory: Path, password: str) -> Key:
     """Return the master key that the password opens."""
-    names = _listing(directory / "keys")
+    names = listing(directory / "keys")
     for name in sorted(names)[:_MOST_KEYS]:
         try:
             stored = json.loads(_whole(directory / "keys" / name))
@@ -362,7 +367,7 @@ def _packs(index: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield each["id"], each["blobs"]
 
 
-def _listing(directory: Path) -> list[str]:
+def listing(directory: Path) -> list[str]:
     """Return the names in a directory of the repository that are ids."""
     try:
         return [each.name for each in directory.iterdir() if _ID.fullmatch(each.name)]

@@ -6,7 +6,9 @@ import datetime
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -18,9 +20,10 @@ from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_restic.archive import Archive, LocalArchive, RemoteArchive
 from blockferry_restic.command import Restic, Running
-from blockferry_restic.format import RepositoryReader
+from blockferry_restic.format import RepositoryReader, listing
 from blockferry_restic.layer import ReadAheadLayer
 from blockferry_restic.location import password
+from blockferry_restic.memory import Entry, Memory
 from blockferry_restic.segments import (
     STAMPS_NAME,
     Segments,
@@ -35,6 +38,8 @@ from blockferry_restic.tree import SegmentTree
 
 log = logging.getLogger(__name__)
 
+_Read = Callable[[str, int], bytes]
+"""Takes the name of a file at the root of a snapshot and the most bytes that it may have; returns its content."""
 _TAG = "blockferry"
 _SEGMENTS_AT_ONCE = "8"
 """restic's own default of 2 leaves it waiting between our small files: 8 took a tenth of the time off on two cores."""
@@ -50,7 +55,9 @@ class ResticRepository:
     def __init__(self, restic: Restic) -> None:
         self.reference = restic.location.reference
         self._restic = restic
+        self._memory = Memory(restic.location.reference)
         self._reader: RepositoryReader | None = None
+        self._unlocking = threading.Lock()
 
     def unit(self, size: int) -> int:
         """Return the size of the segments for an image of `size` bytes."""
@@ -75,7 +82,7 @@ class ResticRepository:
         tree = SegmentTree(source, segments, record=record.to_json(), block_map=block_map.to_bytes(), stamp=stamp)
         # Without a base nothing is to be skipped, whatever restic finds.
         parent = ["--parent", base.archive] if base else ["--force"]
-        tags = [word for tag in _tags(record, len(tree)) for word in ("--tag", tag)]
+        tags = list(_tags(record, len(tree)))
         options = ["--json", "--no-scan", "--host", record.host]
         if record.state_of:
             options += ["--time", _local(record.created)]  # retention goes by the age of the state
@@ -83,32 +90,29 @@ class ResticRepository:
             options += ["--read-concurrency", _SEGMENTS_AT_ONCE]
         with (
             mounted(tree, name=record.volume) as path,
-            self._restic.start("backup", *options, *parent, *tags, ".", directory=str(path)) as running,
+            self._restic.start("backup", *options, *parent, *_tagged(tags), ".", directory=str(path)) as running,
         ):
             tree.on_failure = running.interrupt
             summary = self._follow(running, tree, advance)
         log.debug("restic: %s", summary)
+        self._remember(summary, tags, tree.files)
         return Stored(Snapshot.of(record, summary["snapshot_id"]), int(summary["data_added_packed"]))
 
     def snapshots(self) -> list[Snapshot]:
         """Return every complete snapshot with our tags, oldest first."""
-        entries: list[dict[str, Any]] = []
-        if reader := self._local_reader():
-            entries += reader.snapshots(_TAG)
-        else:
-            for listing in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
-                entries += listing or []
+        directory = self._repository_directory()
+        entries = self._local_entries(directory) if directory else self._remote_entries()
         found = [snapshot for snapshot in map(_snapshot, entries) if snapshot]
         return sorted(found, key=lambda snapshot: snapshot.created)
 
     def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
         """Return the record and the block map of a snapshot."""
-        return self._describe(self._archive(snapshot), snapshot)
+        return self._describe(self._recall(snapshot), snapshot)
 
     def open(self, snapshot: Snapshot) -> Layer:
         """Return the image of a snapshot whose segments are all there."""
         archive = self._archive(snapshot)
-        record, block_map = self._describe(archive, snapshot)
+        record, block_map = self._describe(archive.file, snapshot)  # not from memory: who opens it wants it sound
         stored = BlockMap.build(record.size, data=block_map.extents(*record.stored_kinds))
         complete = functools.partial(check_complete, stored, record.unit, where=self._name(snapshot))
         image = archive.image(record.size, record.unit, complete)
@@ -171,19 +175,62 @@ class ResticRepository:
             return LocalArchive(reader, snapshot.archive)
         return RemoteArchive(self._restic, snapshot.archive)
 
+    def _local_entries(self, directory: Path) -> list[Entry]:
+        """Return what `restic snapshots` would list of a local repository; only what is new there is decrypted."""
+        known, names = self._memory.entries(), listing(directory / "snapshots")
+        found = {name: known[name] for name in names if name in known}
+        if len(found) < len(names) and (reader := self._local_reader()):
+            found |= reader.snapshots([name for name in names if name not in known], _TAG)
+        if found != known:
+            self._memory.keep_entries(found)
+        return [entry for entry in found.values() if entry]
+
+    def _remote_entries(self) -> list[Entry]:
+        """Return what `restic snapshots` lists."""
+        entries: list[Entry] = []
+        for listed in self._restic.each("snapshots", "--json", "--no-lock", "--tag", _TAG):
+            entries += listed or []
+        return entries
+
+    def _remember(self, summary: dict[str, Any], tags: list[str], files: Mapping[str, bytes]) -> None:
+        """Keep what the next backup will want to know of the snapshot that was stored just now."""
+        made = summary["snapshot_id"]
+        entry = {"id": made, "tags": tags, "summary": {"total_files_processed": summary["total_files_processed"]}}
+        self._memory.keep_entries(self._memory.entries() | {made: entry})
+        for name, content in files.items():
+            self._memory.keep(made, name, content)
+
+    def _repository_directory(self) -> Path | None:
+        """Return where the repository is, if that is a local directory."""
+        directory = self._restic.location.directory
+        return directory if directory is not None and (directory / "config").is_file() else None
+
     def _local_reader(self) -> RepositoryReader | None:
         """Return what reads a repository in a local directory; its key is unlocked once."""
-        directory = self._restic.location.directory
-        if self._reader is None and directory is not None and (directory / "config").is_file():
-            self._reader = RepositoryReader(directory, password())
-        return self._reader
+        with self._unlocking:
+            if self._reader is None and (directory := self._repository_directory()):
+                self._reader = RepositoryReader(directory, password())
+            return self._reader
 
-    def _describe(self, archive: Archive, snapshot: Snapshot) -> tuple[Record, BlockMap]:
-        """Return the record and the block map in an archive; DamagedSnapshotError if they do not fit each other."""
+    def _recall(self, snapshot: Snapshot) -> _Read:
+        """Return what reads files at the root of a snapshot from memory, else from its archive, opened only then."""
+        archive = functools.cache(lambda: self._archive(snapshot))
+
+        def read(name: str, limit: int) -> bytes:
+            content = self._memory.file(snapshot.archive, name)
+            if content is None:
+                content = archive().file(name, limit)
+                self._memory.keep(snapshot.archive, name, content)
+            return content
+
+        return read
+
+    def _describe(self, read: _Read, snapshot: Snapshot) -> tuple[Record, BlockMap]:
+        """Return the record and the block map that are read; DamagedSnapshotError if they do not fit each other."""
         name = self._name(snapshot)
-        record = Record.from_json(archive.file(RECORD_NAME, _LARGEST_RECORD), name)
+        record = Record.from_json(read(RECORD_NAME, _LARGEST_RECORD), name)
         try:
-            block_map = BlockMap.from_bytes(archive.file(MAP_NAME, _LARGEST_MAP))
+            block_map = BlockMap.from_bytes(read(MAP_NAME, _LARGEST_MAP))
             if block_map.size != record.size or record.snapshot != snapshot.id:
                 raise ValueError("it is of another snapshot than the record")
         except ValueError as error:
@@ -194,19 +241,24 @@ class ResticRepository:
 
     def _base_stamps(self, base: Snapshot, block_map: BlockMap, unit: int) -> Stamps:
         """Return the stamps of the base's segments, if they are the same segments as the new snapshot's."""
-        archive = self._archive(base)
-        record, _map = self._describe(archive, base)
+        read = self._recall(base)
+        record, _map = self._describe(read, base)
         if (record.size, record.unit) != (block_map.size, unit):
             raise BaseUnusableError(
                 f"{self._name(base)}: has {record.size} bytes in segments of {record.unit}, the volume now"
                 f" {block_map.size} in segments of {unit}",
                 remedy="Make a full backup.",
             )
-        stored = archive.file(STAMPS_NAME, _LARGEST_RECORD)
+        stored = read(STAMPS_NAME, _LARGEST_RECORD)
         return stamps_from_bytes(stored, segment_count(block_map.size, unit), self._name(base))
 
     def _name(self, snapshot: Snapshot) -> str:
         return f"{self.reference}, snapshot {snapshot.id}"
+
+
+def _tagged(tags: Sequence[str]) -> list[str]:
+    """Return the words of a command line that give a snapshot its tags."""
+    return [word for tag in tags for word in ("--tag", tag)]
 
 
 def _tags(record: Record, files: int) -> Iterator[str]:
@@ -228,7 +280,7 @@ def _tags(record: Record, files: int) -> Iterator[str]:
             yield f"{name}={quote(value, safe='')}"
 
 
-def _snapshot(entry: dict[str, Any]) -> Snapshot | None:
+def _snapshot(entry: Entry) -> Snapshot | None:
     """Return the snapshot that an entry of `restic snapshots` is, None if it is not a complete one of ours."""
     tags = dict(tag.split("=", 1) for tag in entry.get("tags") or [] if "=" in tag)
     values = {name: unquote(value) for name, value in tags.items()}
@@ -249,7 +301,7 @@ def _snapshot(entry: dict[str, Any]) -> Snapshot | None:
             state_of=values.get("state"),
         )
     except (KeyError, ValueError) as error:
-        log.warning("restic snapshot %s is left out: %s", str(entry.get("short_id")), error)
+        log.warning("restic snapshot %s is left out: %s", str(entry.get("id"))[:8], error)
         return None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pluggy
@@ -120,18 +122,16 @@ def back_up(
         record = _describe(snapshot, created, volume, frozen, used, begun, repository)
         with frozen.volume.open_data() as disk:
             run = _Run(frozen, disk, used, repository, record, progress)
-            compared = 0
             try:
                 chosen = everything
                 if difference:
                     chosen = _take_over(difference, used, reason, repository, part=choice.incremental)
-                    with distrusted(checkpoints, volume, difference.tracker):
-                        compared = run.compare(difference, chosen.block_map, choice.sample)
-                stored, record = run.store(chosen)
+                with distrusted(checkpoints, volume, difference.tracker if difference else ""):
+                    stored, record, compared = run.store(chosen, choice.sample)
             except (BaseUnusableError, DamagedSnapshotError) as error:
                 log.warning("%s; reading every block in use", error.message)
-                stored, record = run.store(dataclasses.replace(everything, reason=_joined(error.message, reason)))
-            _confirm(frozen, repository, stored.snapshot)
+                everything = dataclasses.replace(everything, reason=_joined(error.message, reason))
+                stored, record, compared = run.store(everything, choice.sample)
             read = disk.bytes_read
     seconds = time.monotonic() - began
     result = Result(stored.snapshot, record, read, compared, stored.bytes_stored, seconds)
@@ -167,19 +167,8 @@ class _Run:
     """As far as it is known before anything is stored."""
     progress: Progress
 
-    def compare(self, difference: Difference, block_map: BlockMap, pieces: int) -> int:
-        """Compare some of what is the same with what the repository has; return the bytes."""
-        same = block_map.extents(Kind.SAME)
-        if not same or not pieces or self.frozen.stability is Stability.LIVE:
-            return 0  # what is not held still may differ although nobody lied
-        with (
-            self.frozen.volume.open_data() as disk,
-            contextlib.closing(difference.chain.open(self.repository)) as image,
-        ):
-            return compare_sample(CheckedLayer(disk, self.frozen.check), image, same, pieces)
-
-    def store(self, chosen: Plan) -> tuple[Stored, Record]:
-        """Store what was planned, and return the record that says so."""
+    def store(self, chosen: Plan, sample: int) -> tuple[Stored, Record, int]:
+        """Store what was planned; return the record that says so as well, and how many bytes were compared."""
         difference = chosen.difference
         record = dataclasses.replace(
             self.record,
@@ -190,32 +179,62 @@ class _Run:
             part=chosen.part,
             tracker=difference.changed.method if difference else "",
         )
-        source = CheckedLayer(CutLayer(self.disk, self.used.extents), self.frozen.check)
         work = plan(chosen.block_map, record, chosen.bases).extents(Kind.DATA).total
-        with self.progress.task("backup", work) as advance:
+        with self._comparing(chosen, sample) as compared, self.progress.task("backup", work) as advance:
+            # Nothing that is read is handed on before the sample is known to be right.
+            source = CheckedLayer(CutLayer(self.disk, self.used.extents), self.frozen.check, compared)
             stored = self.repository.store(source, chosen.block_map, record, bases=chosen.bases, advance=advance)
-        return stored, record
+            with _taken_back(self.repository, stored.snapshot):
+                self.frozen.check()  # some ways to hold a volume still notice only now that it did not
+                return stored, record, compared()
+
+    @contextlib.contextmanager
+    def _comparing(self, chosen: Plan, sample: int) -> Iterator[Callable[[], int]]:
+        """Compare the sample, beside what the context does where the repository can be read meanwhile, else before it.
+
+        Give what waits for the outcome: how many bytes are the same; it raises what was wrong.
+        """
+        compare = functools.partial(self._compare, chosen.difference, chosen.block_map, sample)
+        if "parallel" in self.repository.capabilities and chosen.block_map.extents(Kind.DATA):
+            with ThreadPoolExecutor(1, thread_name_prefix="sample") as pool:
+                yield pool.submit(compare).result
+        else:
+            compared = compare()
+            yield lambda: compared
+
+    def _compare(self, difference: Difference | None, block_map: BlockMap, pieces: int) -> int:
+        """Compare some of what is the same with what the repository has; return the bytes."""
+        same = block_map.extents(Kind.SAME)
+        if not difference or not same or not pieces or self.frozen.stability is Stability.LIVE:
+            return 0  # what is not held still may differ although nobody lied
+        with (
+            self.frozen.volume.open_data() as disk,
+            contextlib.closing(difference.chain.open(self.repository)) as image,
+        ):
+            return compare_sample(CheckedLayer(disk, self.frozen.check), image, same, pieces)
 
 
 class CheckedLayer(BaseLayer):
-    """A layer whose every read is followed by a check that what was read is still what it was."""
+    """A layer whose every read is followed by checks that what was read is still what it was."""
 
-    def __init__(self, layer: Layer, check: Callable[[], None]) -> None:
+    def __init__(self, layer: Layer, *checks: Callable[[], object]) -> None:
         self.layer = layer
-        self.check = check
+        self.checks = checks
         self.size = layer.size
         self.extents = layer.extents
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read, then make sure that nobody wrote meanwhile."""
         self.layer.read_into(offset, buffer)
-        self.check()
+        for check in self.checks:
+            check()
 
 
-def _confirm(frozen: Frozen, repository: Repository, snapshot: Snapshot) -> None:
-    """Take a snapshot back if the volume did not hold still after all: some ways notice it only a moment later."""
+@contextlib.contextmanager
+def _taken_back(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
+    """Take a snapshot back if the context fails."""
     try:
-        frozen.check()
+        yield
     except BaseException:
         repository.delete([snapshot])
         raise

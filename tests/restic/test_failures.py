@@ -138,13 +138,14 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("password", ["wrong", None])
 def test_a_wrong_or_missing_password_is_told_apart_from_other_failures(
-    repository_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch, password: str | None
+    repository_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, password: str | None
 ) -> None:
     snapshot = store(open_repository(repository_path), image)[0].snapshot
     if password is None:
         monkeypatch.delenv("RESTIC_PASSWORD")
     else:
         monkeypatch.setenv("RESTIC_PASSWORD", password)
+    monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "of another host"))  # which remembers nothing
     repository = open_repository(repository_path)
     word = "no password" if password is None else "password is wrong"
     for attempt in (repository.snapshots, lambda: repository.open(snapshot), lambda: store(repository, image)):
