@@ -82,6 +82,8 @@ class Record:
     """By tracker: what it needs to list the changes since this snapshot."""
     state_of: str | None = None
     """Of a merged snapshot: the one whose state of the volume this is, and whose the checkpoints are."""
+    group: dict[str, Any] | None = None
+    """Of a group of files: what it is, and in `table` where in the image the table of its files is."""
     blockferry: str = ""
     """The version that wrote it."""
     schema: int = SCHEMA
@@ -124,6 +126,8 @@ class Record:
                 raise ValueError("a part has no base")
             if not isinstance(record.checkpoints, dict) or not isinstance(record.identity, dict):
                 raise ValueError("an identity or a checkpoint is not what it should be")
+            if not isinstance(record.group, dict | None):
+                raise ValueError("a group is not what it should be")
             return record
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise DamagedSnapshotError(
