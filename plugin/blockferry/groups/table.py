@@ -23,6 +23,8 @@ CHANGED = 1
 """An entry's flag: it changed while it was read, again and again; what is stored may be of different instants."""
 UNREADABLE = 2
 """An entry's flag: its content could not be read, and is not stored."""
+GONE = 4
+"""An entry's flag: it was removed while the backup ran; there is nothing to restore."""
 BESIDE = -1
 """The address of an extent that was read through the filesystem: inline, compressed, encrypted, or changing."""
 
@@ -142,7 +144,10 @@ class FileTable:
 
     @classmethod
     def from_bytes(cls, stored: bytes | memoryview, image_size: int, where: str) -> FileTable:
-        """Return the table of the stored form; raise DamagedSnapshotError, naming `where`, if it is none."""
+        """Return the table of the stored form, whatever follows it.
+
+        Raise DamagedSnapshotError, naming `where`, if it is none.
+        """
         try:
             table = cls._read(memoryview(stored))
             table._check(image_size)
@@ -160,7 +165,7 @@ class FileTable:
             raise ValueError("it is of no known version")
         counts = [int(count) for count in np.frombuffer(stored, _COUNTS, 1, len(_MAGIC))[0]]
         entries, extents, texts, names, text_bytes = counts
-        if max(counts) > _LARGEST or stored_size(*counts) != len(stored):
+        if max(counts) > _LARGEST or stored_size(*counts) > len(stored):
             raise ValueError(f"it has {len(stored)} bytes, and says otherwise")
         place = len(_MAGIC) + _COUNTS.itemsize
 
@@ -180,7 +185,7 @@ class FileTable:
         for ends, total in ((name_ends, names), (extent_ends, extents), (text_ends, text_bytes)):
             if ends.size and (bool((np.diff(ends, prepend=0) < 0).any()) or int(ends[-1]) != total):
                 raise ValueError("its columns do not fit each other")
-        blob = bytes(stored[place + names :])
+        blob = bytes(stored[place + names : place + names + text_bytes])
         begins = [0, *text_ends.tolist()]
         return cls(
             entry_columns,
