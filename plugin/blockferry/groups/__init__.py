@@ -1,0 +1,1 @@
+"""Groups of files: what is in one, and when it is backed up."""
