@@ -1,8 +1,8 @@
 """Which files a group takes and leaves: borg's patterns, with the verdicts that borg 1.4 gives (`borg help patterns`).
 
-A pattern sees a path without the leading slash, and in all styles but `re:` a match on a directory is a match on all
-that is in it. Full paths (`pf:`) are looked up before everything else, the last line of a path counts; else the first
-line that matches does. Names are `str` as `os.fsdecode` makes them: bytes that are no UTF-8 match as any character.
+A pattern sees a path without the leading slash. In all styles but `re:` and `pf:` a match on a directory is a match on
+all that is in it. Full paths (`pf:`) are looked up before everything else, and the last line of a path counts; else the
+first line that matches does. Names are `str` as `os.fsdecode` makes them: bytes that are no UTF-8 match like others.
 
 This is asked once for each of millions of files. So lines that follow each other and say the same are one matcher.
 """
