@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, arm, backup, chains, hot, inspect, restore, serve, track
+from blockferry.cli import admin, arm, backup, chains, hot, inspect, restore, schedule, serve, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -56,6 +56,7 @@ for command in (
     chains.merge,
     chains.delete,
     track.track,
+    schedule.schedule,
     admin.doctor,
     admin.catalog,
 ):

@@ -1,1 +1,1 @@
-"""Groups of files: what is in one, and when it is backed up."""
+"""Groups of files: which blocks they occupy, copied as one batch in disk order, and files back from them."""

@@ -31,10 +31,11 @@ _SHORT = {
 _WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _YEARS, _MONTHS, _DAYS, _HOURS, _SIXTY = (1970, 2199), (1, 12), (1, 31), (0, 23), (0, 59)
 _PART = re.compile(r"(\d{1,4})(?:\.\.(\d{1,4}))?(?:/(\d{1,4}))?", re.ASCII)
-_REMEDY = (
+EXAMPLES = (
     "Write hourly, daily, weekly, monthly or for example `Mon..Fri 02:30`, `*-*-01 04:00`, `*:0/15`; "
     "see `systemd-analyze calendar`."
 )
+"""What to tell whoever wrote something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Calendar:
             years, months, days = _fields(date, "-", ("*",), (_YEARS, _MONTHS, _DAYS))
             hours, minutes, seconds = _fields(time, ":", (), (_HOURS, _SIXTY, _SIXTY))
         except ValueError as error:
-            raise UsageError(f"{text!r} is no time that comes again: {error}", remedy=_REMEDY) from None
+            raise UsageError(f"{text!r} is no time that comes again: {error}", remedy=EXAMPLES) from None
         return cls(frozenset(weekdays), years, months, days, hours, minutes, seconds)
 
     def latest(self, before: datetime.datetime) -> datetime.datetime | None:
