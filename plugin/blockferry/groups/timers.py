@@ -25,7 +25,8 @@ Wants=network-online.target
 After=network-online.target
 
 [Service]
-Type=oneshot
+# Not oneshot: one of those cannot be restarted by its exit status alone.
+Type=exec
 # Where borg and restic keep what they know, as for whoever installed it.
 Environment=HOME=%h
 {environment}# Where the passphrase comes from: BORG_PASSCOMMAND=..., RESTIC_PASSWORD_FILE=..., and the like.
@@ -76,7 +77,8 @@ def install(groups: Iterable[Group], directory: Path, config: str) -> Changes:
     for group in scheduled:
         check(group)
     wanted = {timer(group.name): _timer(group) for group in scheduled}
-    removed = _remove([path for path in _ours(directory) if path.name not in {SERVICE, *wanted}], directory)
+    kept = {SERVICE, *wanted} if wanted else set()
+    removed = _remove([path for path in _ours(directory) if path.name not in kept], directory)
     written = []
     if wanted:
         written = [systemd.write(directory / name, content) for name, content in wanted.items()]
