@@ -77,8 +77,10 @@ def test_the_repository_is_the_groups_own_or_its_volumes_or_that_of_all(tmp_path
         ("keep_daily: 7", "keep_daily: many", 12, "groups.small.keep_daily: 'many'"),
         ("keep_daily: 7", "schedule: daily", 12, "duplicate key"),
         ("volume: data", "volume: dato", 14, "groups.www.volume: dato: no volume"),
-        ("  www:", "  w w:", 14, "'w w' cannot be a name"),
+        ("  www:", "  w w:", 13, "'w w' cannot be a name"),
         ("[/mnt/small/mail]", "[/mnt/small/mail", 9, "expected"),
+        ("  www:", "  none:\n  www:", 13, "groups.none.volume: is missing"),
+        ("    volume: data", "    <<: {schedul: daily}\n    volume: data", 13, "groups.www.schedul: no such key"),
         ("volumes:", "volumes: 7\nx:", 3, "x: no such key"),
     ],
 )

@@ -39,7 +39,8 @@ def blockferry_load_config(path: str) -> Configuration:
 def _volume(path: str, volumes: Mapping[Any, Any], name: str, repository: str) -> NamedVolume:
     """Read one of the volumes."""
     mapping = Section(volumes, _places(path, volumes, "volumes."), volumes.keys()).mapping(name)
-    section = Section(mapping, _places(path, mapping, f"volumes.{name}."), ("path", "mount", "repository"))
+    where = _places(path, mapping, f"volumes.{name}.", _line(volumes, name, 1))
+    section = Section(mapping, where, ("path", "mount", "repository"))
     check_name(name, section)
     volume = NamedVolume(name, section.text("path"), section.text("mount"), section.text("repository") or repository)
     if not volume.path:
@@ -52,7 +53,7 @@ def _group(
 ) -> Group:
     """Read one of the groups, whose volume may be one that has a name."""
     mapping = Section(groups, _places(path, groups, "groups."), groups.keys()).mapping(name)
-    where = _places(path, mapping, f"groups.{name}.")
+    where = _places(path, mapping, f"groups.{name}.", _line(groups, name, 1))
     own = dict(mapping)
     named = own.get("volume")
     if isinstance(named, str) and named and "/" not in named:
@@ -91,15 +92,16 @@ def _parse(path: str) -> Mapping[Any, Any]:
     return mapping or {}
 
 
-def _places(path: str, mapping: Mapping[Any, Any], prefix: str) -> Where:
-    """Return what names the file, the line and the keys down to one of a mapping's own."""
-    lines = getattr(mapping, "lc", None)
+def _places(path: str, mapping: Mapping[Any, Any], prefix: str, line: int = 1) -> Where:
+    """Return what names the file, the line and the keys down to one of a mapping's own, which begins at `line`."""
 
     def where(key: str) -> str:
-        if lines is None:
-            return f"{path}: {prefix}{key}".removesuffix(".")
-        # What a merge (<<) brought has no line here.
-        line = (lines.data or {}).get(key, (lines.line,))[0] + 1
-        return f"{path}:{line}: {prefix}{key}".removesuffix(".")
+        return f"{path}:{_line(mapping, key, line)}: {prefix}{key}".removesuffix(".")
 
     return where
+
+
+def _line(mapping: Mapping[Any, Any], key: str, otherwise: int) -> int:
+    """Return the line of a key, counted from 1; `otherwise` if it has none, as what a merge (`<<`) brought."""
+    lines = getattr(getattr(mapping, "lc", None), "data", None) or {}
+    return int(lines[key][0]) + 1 if key in lines else otherwise
