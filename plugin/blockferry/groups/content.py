@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 
 import numpy as np
@@ -23,6 +24,8 @@ _NO_ADDRESS = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _ROOM = 64
 _HEAD = struct.Struct("=QQIIII")
 _FOUND = struct.Struct("=QQQ16xI12x")
+_MAPPED, _MAPPED_AT = struct.Struct("=I"), 20
+_FLAGS, _NO_FLAGS = struct.Struct("=I4x"), bytes(8)
 _PIECE = struct.Struct("=qqq")
 _END = (1 << 64) - 1
 
@@ -46,48 +49,55 @@ class Contents:
         except PermissionError:  # O_NOATIME is for the owner
             return os.open(name, flags, dir_fd=directory)
 
-    def pieces(self, descriptor: int, size: int) -> bytes:
-        """Return the pieces, PIECE each, of an open file that has so many bytes; what was never written is left out."""
+    def pieces(self, descriptor: int, size: int, into: bytearray) -> int:
+        """Append the pieces, PIECE each, of an open file that has so many bytes; return how many there are.
+
+        What was never written is left out. Raise OSError; FileNotFoundError for what is no regular file.
+        """
         if self.mapped:
             try:
-                return self._mapped(descriptor, size)
+                return self._mapped(descriptor, size, into)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                     raise
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise FileNotFoundError(errno.ENOENT, "it was replaced by something else") from None
                 self.mapped = False
-        return _data(descriptor, size)
+        return _data(descriptor, size, into)
 
-    def _mapped(self, descriptor: int, size: int) -> bytes:
+    def _mapped(self, descriptor: int, size: int, into: bytearray) -> int:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
-        found = bytearray()
-        start, last, buffer = 0, False, self._buffer
+        start, found, last, buffer = 0, 0, False, self._buffer
         plain = self.addressable and not (self.checks_flags and self._encoded(descriptor))
         while not last:
             _HEAD.pack_into(buffer, 0, start, _END - start, 0, 0, _ROOM, 0)
             fcntl.ioctl(descriptor, _FIEMAP, buffer)
-            count = _HEAD.unpack_from(buffer)[3]
+            count = _MAPPED.unpack_from(buffer, _MAPPED_AT)[0]
             if not count:
                 break
-            for number in range(count):
-                logical, address, length, flags = _FOUND.unpack_from(buffer, _HEAD.size + number * _FOUND.size)
+            for place in range(_HEAD.size, _HEAD.size + count * _FOUND.size, _FOUND.size):
+                logical, address, length, flags = _FOUND.unpack_from(buffer, place)
                 start = logical + length
-                last = bool(flags & _LAST)
-                if flags & _UNWRITTEN or logical >= size:
+                if flags:
+                    last = bool(flags & _LAST)
+                    if flags & _UNWRITTEN:
+                        continue
+                if logical >= size:
                     continue
-                if flags & _NO_ADDRESS or not plain:
+                if not plain or flags & _NO_ADDRESS:
                     address = BESIDE
-                found += _PIECE.pack(logical, address, min(start, size) - logical)
-        return bytes(found)
+                into += _PIECE.pack(logical, address, min(start, size) - logical)
+                found += 1
+        return found
 
     def _encoded(self, descriptor: int) -> bool:
         """Tell whether a file's bytes on the disk are not what a reader gets, or may be elsewhere too."""
-        flags: int = struct.unpack_from("=l", fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(8)))[0]
-        return bool(flags & _ENCODED_FILES)
+        return bool(_FLAGS.unpack(fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, _NO_FLAGS))[0] & _ENCODED_FILES)
 
 
-def _data(descriptor: int, size: int) -> bytes:
-    """Return a file's pieces by lseek(2): its holes are all that is known."""
-    found, place = bytearray(), 0
+def _data(descriptor: int, size: int, into: bytearray) -> int:
+    """Append a file's pieces by lseek(2): its holes are all that is known."""
+    found, place = 0, 0
     while place < size:
         try:
             start = os.lseek(descriptor, place, os.SEEK_DATA)
@@ -96,5 +106,6 @@ def _data(descriptor: int, size: int) -> bytes:
             if error.errno == errno.ENXIO:
                 break
             start, place = place, size
-        found += _PIECE.pack(start, BESIDE, min(place, size) - start)
-    return bytes(found)
+        into += _PIECE.pack(start, BESIDE, min(place, size) - start)
+        found += 1
+    return found

@@ -252,7 +252,9 @@ class _Scanner:
             facts = os.fstat(descriptor)
             if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
                 return State.MOVED
-            if self.contents.pieces(descriptor, facts.st_size) != seen.pieces:
+            now = bytearray()
+            self.contents.pieces(descriptor, facts.st_size, now)
+            if now != seen.pieces:
                 return State.MOVED
             return State.SAME if (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size) else State.WRITTEN
         except OSError:
@@ -294,8 +296,19 @@ class _Scanner:
             into.directories.append((number, path))
 
 
+_MODE, _SIZE = (list(ENTRY.names or ()).index(column) for column in ("mode", "size"))
 _GONE = {errno.ENOENT, errno.ENOTDIR}
 """It was there a moment ago."""
+
+
+class _Found(NamedTuple):
+    """What a closer look at some entries found; -1: no text."""
+
+    flags: list[int]
+    counts: list[int]
+    """How many pieces each has."""
+    texts: list[int]
+    attributes: list[int]
 
 
 class _Collector:
@@ -343,55 +356,48 @@ class _Collector:
         if not self.rows:
             return
         entries = np.array(self.rows, ENTRY)
-        names = self.names[-len(self.rows) :]
         # What is no file has a size of its own that says nothing of content.
-        is_file = entries["mode"] & 0o170000 == stat.S_IFREG
-        entries["size"][~is_file] = 0
+        entries["size"][entries["mode"] & 0o170000 != stat.S_IFREG] = 0
         known = self.scanner.known.find(entries) if self.scanner.known else np.full(entries.size, -1, np.int64)
-        counts = np.zeros(entries.size, np.int64)
+        first = len(self.names) - entries.size
+        found = _Found(*([filler] * entries.size for filler in (0, 0, -1, -1)))
         for number in np.flatnonzero(known < 0).tolist():
-            path = directory + b"/" + names[number] if names[number] else directory
+            name = self.names[first + number]
+            path = directory + b"/" + name if name else directory
             try:
-                counts[number] = self._look(entries, number, path, names[number], descriptor)
+                self._look(self.rows[number], number, path, name, descriptor, found)
             except OSError as error:
                 gone = error.errno in _GONE
-                entries["flags"][number] |= GONE if gone else UNREADABLE
+                found.flags[number] = GONE if gone else UNREADABLE
                 if not gone:
                     self.problems.append((path, _reason(error)))
+        entries["flags"], entries["text"], entries["attributes"] = found.flags, found.texts, found.attributes
         self._recall(entries, known)
-        self.counts += counts.tolist()
+        self.counts += found.counts
         self.entries.append(entries)
         self.nlink.append(np.array(self.links, np.uint32))
         self.known.append(known)
         self.rows, self.links = [], []
 
     def _look(
-        self, entries: npt.NDArray[np.void], number: int, path: bytes, name: bytes, descriptor: int | None
-    ) -> int:
-        """Find out an entry's attributes, target and content; return how many pieces of content there are."""
-        mode, count = int(entries["mode"][number]), 0
-        if stat.S_ISLNK(mode):
-            entries["text"][number] = self._text(
-                os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
-            )
-        if stat.S_ISREG(mode) and entries["size"][number]:
+        self, row: tuple[int, ...], number: int, path: bytes, name: bytes, descriptor: int | None, found: _Found
+    ) -> None:
+        """Find out an entry's attributes, target and content. What changes meanwhile is seen at the second look."""
+        kind = row[_MODE] & 0o170000
+        if kind == stat.S_IFREG and row[_SIZE]:
             opened = self.scanner.contents.open(name if descriptor is not None else path, descriptor)
             try:
-                facts = os.fstat(opened)
-                if (facts.st_ino, facts.st_ctime_ns) != (int(entries["inode"][number]), int(entries["ctime"][number])):
-                    # Replaced or written a moment ago: as it is now.
-                    _update(entries[number], facts)
-                found = self.scanner.contents.pieces(opened, facts.st_size)
-                self.pieces += found
-                count = len(found) // PIECE.itemsize
+                found.counts[number] = self.scanner.contents.pieces(opened, row[_SIZE], self.pieces)
                 attributes = _attributes(opened)
             finally:
                 os.close(opened)
         else:
+            if kind == stat.S_IFLNK:
+                target = os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
+                found.texts[number] = self._text(target)
             attributes = _attributes(path)
         if attributes:
-            entries["attributes"][number] = self._text(pack_attributes(attributes))
-        return count
+            found.attributes[number] = self._text(pack_attributes(attributes))
 
     def _recall(self, entries: npt.NDArray[np.void], known: Rows) -> None:
         """Take the targets and attributes of entries that are as they were from the earlier snapshot."""
@@ -477,15 +483,6 @@ def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
     firsts = np.repeat(order[begins], np.diff(np.append(begins, order.size)))
     further = firsts != order
     entries["link"][order[further]] = firsts[further]
-
-
-def _update(entry: np.void, facts: os.stat_result) -> None:
-    """Have an entry say what is known of a file now."""
-    if not stat.S_ISREG(facts.st_mode):
-        raise FileNotFoundError(errno.ENOENT, "it was replaced by something else")
-    entry["mode"], entry["uid"], entry["gid"] = facts.st_mode, facts.st_uid, facts.st_gid
-    entry["size"], entry["mtime"], entry["ctime"] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    entry["inode"] = facts.st_ino
 
 
 def _attributes(place: int | bytes) -> dict[bytes, bytes]:
