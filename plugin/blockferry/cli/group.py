@@ -72,7 +72,7 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
                     repositories[named] = opened.enter_context(contextlib.closing(repository))
             wanted = [(group, repositories[context.reference(reference or group.repository)]) for group in groups]
             for (group, repository), result in zip(
-                wanted, back_up_groups(wanted, since=since, progress=context.output), strict=True
+                wanted, back_up_groups(context.manager, wanted, since=since, progress=context.output), strict=True
             ):
                 results.append(result)
                 _remember(context, repository, result)

@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pluggy
+
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
@@ -33,7 +35,9 @@ from blockferry.groups.scope import Scope
 from blockferry.groups.second_look import SecondLook
 from blockferry.groups.stored import read_table
 from blockferry.groups.table import BESIDE, FileTable
+from blockferry.groups.tracking import Tracking
 from blockferry.groups.walk import Known, Walked, Walker, wait_out
+from blockferry.hookspecs import PROJECT
 from blockferry.layers import BaseLayer, Layer
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
@@ -76,7 +80,7 @@ class GroupResult:
 
 
 def back_up_groups(
-    wanted: Sequence[tuple[Group, Repository]], *, since: str, progress: Progress
+    manager: pluggy.PluginManager, wanted: Sequence[tuple[Group, Repository]], *, since: str, progress: Progress
 ) -> Iterator[GroupResult]:
     """Store groups of files that are on one filesystem, one snapshot each: what several of them have is read once.
 
@@ -84,24 +88,26 @@ def back_up_groups(
     runs, VolumeError if a root is no directory, and whatever the repository raises.
     """
     with contextlib.ExitStack() as held:
-        begun = [held.enter_context(_begin(group, repository, since, progress)) for group, repository in wanted]
-        newest = max(int(each.walked.entries["ctime"].max(initial=0)) for each in begun)
-        # What was written before a file was seen is on the disk before it is read; what is written later, is seen.
-        wait_out(newest)
-        for root in {each.scope.root for each in begun}:
-            _sync(root)
+        begun = [held.enter_context(_begin(manager, *each, since, progress)) for each in wanted]
         disk = held.enter_context(_disk(begun))
         for each in begun:
             yield each.store(disk, progress)
 
 
 @contextlib.contextmanager
-def _begin(group: Group, repository: Repository, since: str, progress: Progress) -> Iterator[_Begun]:
+def _begin(
+    manager: pluggy.PluginManager, group: Group, repository: Repository, since: str, progress: Progress
+) -> Iterator[_Begun]:
     """Walk a group, and plan its image."""
     began, started = time.time_ns(), time.monotonic()
     scope = Scope.of(group)
     filesystem = Filesystem.of(scope.root)
-    with locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"):
+    snapshot, created = new_snapshot_id(), now()
+    tracking = Tracking.of(manager, filesystem, group)
+    with (
+        locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"),
+        tracking.begun(snapshot, created, repository) as checkpoints,
+    ):
         _sync(scope.root)
         earlier, reason = find_earlier(repository, group, filesystem, since)
         contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
@@ -110,16 +116,27 @@ def _begin(group: Group, repository: Repository, since: str, progress: Progress)
             with progress.count("files and directories") as advance:
                 walked = walker.walk(advance)
             size = earlier.record.size if earlier else 0
-            unit = repository.unit(size or int(walked.pieces["length"].sum()))
-            packed = pack(walked, earlier.table if earlier else None, size, unit)
+            unit = earlier.record.unit if earlier else repository.unit(int(walked.pieces["length"].sum()))
+            # What was written before a file was seen is on the disk, and known to a tracker, from here on; what is
+            # written later changes the file's time.
+            wait_out(int(walked.entries["ctime"].max(initial=0)))
+            _sync(scope.root)
+            unchanged = tracking.unchanged(earlier.record) if earlier else None
+            packed = pack(walked, earlier.table if earlier else None, size, unit, unchanged)
             record = _describe(group, filesystem, packed, earlier, reason, unit, began)
+            record = dataclasses.replace(
+                record, snapshot=snapshot, created=created, checkpoints=checkpoints, tracker=tracking.method
+            )
             took = time.monotonic() - started
             yield _Begun(scope, filesystem, repository, walker, walked, packed, record, earlier, took)
 
 
-def back_up_group(group: Group, repository: Repository, *, since: str, progress: Progress) -> GroupResult:
-    """Store one group; see `back_up_groups`."""
-    (result,) = back_up_groups([(group, repository)], since=since, progress=progress)
+def back_up_group(
+    group: Group, repository: Repository, *, since: str, progress: Progress, manager: pluggy.PluginManager | None = None
+) -> GroupResult:
+    """Store one group; see `back_up_groups`. Without a manager no tracker is asked."""
+    asked = manager or pluggy.PluginManager(PROJECT)
+    (result,) = back_up_groups(asked, [(group, repository)], since=since, progress=progress)
     return result
 
 
@@ -269,8 +286,8 @@ def _describe(
     """Return the record of a snapshot that is about to be stored."""
     table = packed.table
     return Record(
-        snapshot=new_snapshot_id(),
-        created=now(),
+        snapshot="",
+        created="",
         host=socket.gethostname(),
         volume=group.name,
         path=os.fsdecode(filesystem.root),
