@@ -80,13 +80,14 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BORG_PASSPHRASE", "secret")
-        (place / "config.yaml").write_text("groups: {small: {volume: /mnt/data, schedule: hourly}}")
+        (place / "config.yaml").write_text(f"groups: {{small: {{volume: {place}, schedule: hourly}}}}")
         patch.setenv("BLOCKFERRY_CONFIG", str(place / "config.yaml"))
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
         return {
             " ".join(words[: 2 if words[0] in {"catalog", "schedule", "udev"} else 1]): blockferry(*words)
             for words in (
                 ("used", image),
+                ("group", "small"),
                 ("backup", image, "--repo", repository),
                 ("changed", image, "--repo", repository),
                 ("backup", image, "--repo", repository, "--incremental"),

@@ -17,7 +17,6 @@ from blockferry.cli.output import log
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
 from blockferry.groups.backup import GroupResult, back_up_groups
-from blockferry.groups.content import Contents
 from blockferry.groups.definition import Group
 from blockferry.groups.packing import own_pieces
 from blockferry.groups.place import Filesystem
@@ -162,9 +161,11 @@ def group(context: Context, name: str, extents: bool) -> None:
       blockferry group mail
     """
     found = context.configuration.group(name)
-    filesystem = Filesystem.of(os.fsencode(found.root))
-    contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
-    with Walker(Scope.of(found), contents, None) as walker, context.output.count("files and directories") as advance:
+    filesystem = Filesystem.of(context.manager, os.fsencode(found.root))
+    with (
+        Walker(Scope.of(found), filesystem.contents, None) as walker,
+        context.output.count("files and directories") as advance,
+    ):
         walked = walker.walk(advance)
     _rows, pieces = own_pieces(walked)
     on_disk = pieces[pieces["address"] != BESIDE]
@@ -175,7 +176,7 @@ def group(context: Context, name: str, extents: bool) -> None:
         "name": name,
         "root": found.root,
         "filesystem": filesystem.type,
-        "device": filesystem.device,
+        "device": filesystem.volume.path if filesystem.volume else "",
         "entries": int(walked.entries.size),
         "bytes": disk.total + beside,
         "beside_bytes": beside,

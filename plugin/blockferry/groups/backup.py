@@ -26,7 +26,6 @@ from blockferry.backup import Result
 from blockferry.blockmap import Kind
 from blockferry.errors import DamagedSnapshotError, VolumeError
 from blockferry.extents import ExtentSet
-from blockferry.groups.content import Contents
 from blockferry.groups.definition import Group
 from blockferry.groups.image import GroupImage, open_row
 from blockferry.groups.packing import Packed, pack
@@ -37,14 +36,13 @@ from blockferry.groups.stored import read_table
 from blockferry.groups.table import BESIDE, FileTable
 from blockferry.groups.tracking import Tracking
 from blockferry.groups.walk import Known, Walked, Walker, wait_out
-from blockferry.hookspecs import PROJECT
 from blockferry.layers import BaseLayer, Layer
+from blockferry.manager import plugin_manager
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
 from blockferry.state import locked
-from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ def _begin(
     """Walk a group, and plan its image."""
     began, started = time.time_ns(), time.monotonic()
     scope = Scope.of(group)
-    filesystem = Filesystem.of(scope.root)
+    filesystem = Filesystem.of(manager, scope.root)
     snapshot, created = new_snapshot_id(), now()
     tracking = Tracking.of(manager, filesystem, group)
     with (
@@ -110,9 +108,8 @@ def _begin(
     ):
         _sync(scope.root)
         earlier, reason = find_earlier(repository, group, filesystem, since)
-        contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
         known = Known.of(earlier.table, earlier.began) if earlier else None
-        with Walker(scope, contents, known) as walker:
+        with Walker(scope, filesystem.contents, known) as walker:
             with progress.count("files and directories") as advance:
                 walked = walker.walk(advance)
             size = earlier.record.size if earlier else 0
@@ -134,8 +131,8 @@ def _begin(
 def back_up_group(
     group: Group, repository: Repository, *, since: str, progress: Progress, manager: pluggy.PluginManager | None = None
 ) -> GroupResult:
-    """Store one group; see `back_up_groups`. Without a manager no tracker is asked."""
-    asked = manager or pluggy.PluginManager(PROJECT)
+    """Store one group; see `back_up_groups`."""
+    asked = manager or plugin_manager()
     (result,) = back_up_groups(asked, [(group, repository)], since=since, progress=progress)
     return result
 
@@ -143,8 +140,8 @@ def back_up_group(
 @contextlib.contextmanager
 def _disk(begun: Sequence[_Begun]) -> Iterator[Layer | None]:
     """Open the device; what several groups have is read by way of the page cache, and so once."""
-    filesystem = begun[0].filesystem
-    if not filesystem.addressable:
+    volume = begun[0].filesystem.volume
+    if volume is None:
         yield None
         return
     seen, shared = ExtentSet.empty(), ExtentSet.empty()
@@ -153,7 +150,6 @@ def _disk(begun: Sequence[_Begun]) -> Iterator[Layer | None]:
         mine = ExtentSet.from_ranges(runs["address"], runs["address"] + runs["length"])
         shared = shared.union(seen.intersection(mine))
         seen = seen.union(mine)
-    volume = Volume.discover(filesystem.device)
     with volume.open_data() as disk, volume.open() as cached:
         yield Shared(disk, cached, shared) if shared else disk
 
@@ -297,7 +293,7 @@ def _describe(
         identity=filesystem.identity,
         tier=Tier.CHANGED if earlier else Tier.USED,
         tier_reason="; ".join(filter(None, (reason, filesystem.reason))),
-        method="extents of files" if filesystem.addressable else "reading files",
+        method="extents of files" if filesystem.volume else "reading files",
         stability=Stability.LIVE,
         freeze="looking at each file again after it was read",
         unit=unit,

@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,27 +17,23 @@ PIECE = np.dtype([("logical", "<i8"), ("address", "<i8"), ("length", "<i8")])
 """A piece of a file as it was found; an address of BESIDE: to be read through the filesystem."""
 
 _FIEMAP = 0xC020660B
-_FS_IOC_GETFLAGS = 0x80086601
-_ENCODED_FILES = 0x4 | 0x800 | 0x4000
-"""Inode flags: compressed, encrypted, data journaled. What is on the disk is not what a reader sees."""
 _LAST, _UNWRITTEN = 0x1, 0x800
 _NO_ADDRESS = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _ROOM = 64
 _HEAD = struct.Struct("=QQIIII")
 _FOUND = struct.Struct("=QQQ16xI12x")
 _MAPPED, _MAPPED_AT = struct.Struct("=I"), 20
-_FLAGS, _NO_FLAGS = struct.Struct("=I4x"), bytes(8)
 _PIECE = struct.Struct("=qqq")
 _END = (1 << 64) - 1
 
 
 class Contents:
-    """Asks for the pieces of files. `addressable`: what the filesystem says is where the device has the bytes."""
+    """Asks for the pieces of files."""
 
-    def __init__(self, *, addressable: bool, checks_flags: bool) -> None:
-        """`checks_flags`: single files may be kept in a way of their own, as on ext4."""
+    def __init__(self, *, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
+        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`."""
         self.addressable = addressable
-        self.checks_flags = checks_flags
+        self.otherwise = otherwise
         self.mapped = True
         """Whether the filesystem says anything at all."""
         self._buffer = bytearray(_HEAD.size + _ROOM * _FOUND.size)
@@ -68,7 +65,7 @@ class Contents:
     def _mapped(self, descriptor: int, size: int, into: bytearray) -> int:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
         start, found, last, buffer = 0, 0, False, self._buffer
-        plain = self.addressable and not (self.checks_flags and self._encoded(descriptor))
+        plain = self.addressable and not (self.otherwise and self.otherwise(descriptor))
         while not last:
             _HEAD.pack_into(buffer, 0, start, _END - start, 0, 0, _ROOM, 0)
             fcntl.ioctl(descriptor, _FIEMAP, buffer)
@@ -89,10 +86,6 @@ class Contents:
                 into += _PIECE.pack(logical, address, min(start, size) - logical)
                 found += 1
         return found
-
-    def _encoded(self, descriptor: int) -> bool:
-        """Tell whether a file's bytes on the disk are not what a reader gets, or may be elsewhere too."""
-        return bool(_FLAGS.unpack(fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, _NO_FLAGS))[0] & _ENCODED_FILES)
 
 
 def _data(descriptor: int, size: int, into: bytearray) -> int:

@@ -7,6 +7,7 @@ in a few places, only these are read again. A group's checkpoints are its own: t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -37,9 +38,9 @@ class Tracking:
 
     @classmethod
     def of(cls, manager: pluggy.PluginManager, filesystem: Filesystem, group: Group) -> Tracking:
-        """Return the trackers of the volume that a filesystem is on: none if it has no device, or nobody is there."""
-        asks = bool(filesystem.device) and hasattr(manager.hook, "blockferry_checkpoint")
-        return cls(manager, Volume.discover(filesystem.device, group.name) if asks else None)
+        """Return the trackers of the volume that a filesystem is on: none if files are not read from it."""
+        volume = filesystem.volume
+        return cls(manager, dataclasses.replace(volume, name=group.name) if volume else None)
 
     @contextlib.contextmanager
     def begun(self, snapshot: str, created: str, repository: Repository) -> Iterator[dict[str, dict[str, Any]]]:
