@@ -22,6 +22,8 @@ from blockferry.repository import Repository
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, new_snapshot_id, now
 
 UNIT = 4096
+FLAGS: dict[bytes, int] = {}
+"""By name: what an entry is to be flagged with."""
 FILE, DIRECTORY, LINK = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777
 
 
@@ -66,7 +68,7 @@ class Builder:
                 facts.st_mode,
                 facts.st_uid,
                 facts.st_gid,
-                0,
+                FLAGS.get(name, 0),
                 -1 if link == row else link,
                 text,
                 self._text(pack_attributes(attributes)) if attributes else -1,
@@ -91,7 +93,8 @@ class Builder:
         """Return the table and the image: the extents in any order, each at a multiple of `unit`."""
         flat = [(row, *each) for row, extents in enumerate(self.extents) for each in extents]
         order = list(range(len(flat)))
-        random.Random(seed).shuffle(order)
+        if seed >= 0:
+            random.Random(seed).shuffle(order)
         places, image = {}, bytearray()
         for number in order:
             places[number] = len(image)
@@ -210,8 +213,8 @@ def make_tree(top: Path) -> Path:
     for number, name in enumerate([b"plain", b"\xff\xfe", b"a\nb", b"\x1b[2J", b"-rf", b"back\\slash", b"n" * 255]):
         with open(os.path.join(deep, name), "wb") as file:
             file.write(chance.randbytes([1, 4096, 5000, 70_000][number % 4]))
-        os.chmod(os.path.join(deep, name), [0o644, 0o600, 0o4755, 0o2711, 0o000][number % 5])
         os.chown(os.path.join(deep, name), number, 1000 + number)
+        os.chmod(os.path.join(deep, name), [0o644, 0o600, 0o4755, 0o2711, 0o000][number % 5])
     (top / "empty").touch()
     with (top / "sparse").open("wb") as file:
         for offset in (1 << 20, 5 << 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from blockferry.cli.main import cli
+from blockferry.manager import plugin_manager, repository_named
 from blockferry.snapshot import Record
+from groups_support import store_group
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
@@ -78,9 +81,11 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BORG_PASSPHRASE", "secret")
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
+        group = stored_group(place / "files", repository)
         return {
             " ".join(words[: 2 if words[0] in {"catalog", "udev"} else 1]): blockferry(*words)
             for words in (
+                ("files", group, "--to", place / "back", "--repo", repository),
                 ("used", image),
                 ("backup", image, "--repo", repository),
                 ("changed", image, "--repo", repository),
@@ -103,6 +108,13 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("catalog", "rebuild", "--repo", repository),
             )
         }
+
+
+def stored_group(top: Path, reference: str) -> str:
+    top.mkdir()
+    (top / "file").write_text("content")
+    with contextlib.closing(repository_named(plugin_manager(), reference)) as repository:
+        return store_group(top, repository).id
 
 
 def blockferry(*words: str | Path) -> dict[str, object]:

@@ -54,6 +54,15 @@ def open_group(repository: Repository, snapshot: Snapshot) -> StoredGroup:
         raise
 
 
+def refuse_group(record: Record) -> None:
+    """Raise UsageError if a snapshot is of a group of files, which is no image of a volume."""
+    if record.group is not None:
+        raise UsageError(
+            f"snapshot {record.snapshot} is of the group {record.volume}: it holds files, not a volume",
+            remedy=f"`blockferry files {record.snapshot} --to DIR` brings them back.",
+        )
+
+
 def table_place(record: Record, where: str) -> tuple[int, int]:
     """Return where in the image the table of files begins, and its length; DamagedSnapshotError if nowhere."""
     match (record.group or {}).get("table"):
