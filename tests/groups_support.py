@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from blockferry.blockmap import BlockMap
 from blockferry.extents import ExtentSet
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import ENTRY, EXTENT, FileTable, pack_attributes
 from blockferry.layers import BaseLayer
+from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, new_snapshot_id, now
+from commands_support import Depot
 
 UNIT = 4096
 FLAGS: dict[bytes, int] = {}
@@ -133,6 +137,16 @@ def store_group(top: Path, repository: Repository, **fields: Any) -> Snapshot:
     record = dataclasses.replace(group.record, unit=repository.unit(group.image.size), **fields)
     block_map = BlockMap.build(group.image.size, data=ExtentSet.whole(group.image.size))
     return repository.store(group.image, block_map, record, bases=(), advance=lambda _count: None).snapshot
+
+
+def store_in(depot: Depot, top: Path) -> Snapshot:
+    """Store the group of all files below a directory in a test's repository."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as opened:
+        for name, text in depot.env.items():
+            patch.setenv(name, text)
+        repository = repository_named(plugin_manager(), depot.reference)
+        opened.callback(repository.close)
+        return store_group(top, repository)
 
 
 def _record(size: int, place: int, length: int) -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from blockferry.groups.table import CHANGED
-from blockferry.manager import plugin_manager, repository_named
-from blockferry.snapshot import Snapshot
 from commands_support import Depot, new_depot
-from groups_support import make_tree, state_of, store_group
+from groups_support import make_tree, state_of, store_in
 
 pytestmark = pytest.mark.root
 
@@ -24,19 +21,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tree(tmp_path_factory.mktemp("tree") / "top")
 
 
-def stored(depot: Depot, top: Path) -> Snapshot:
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as opened:
-        for name, text in depot.env.items():
-            patch.setenv(name, text)
-        repository = repository_named(plugin_manager(), depot.reference)
-        opened.callback(repository.close)
-        return store_group(top, repository)
-
-
 @pytest.fixture(scope="module", params=["borg", "restic"])
 def filled(request: pytest.FixtureRequest, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Depot:
     depot = new_depot(request.param, tmp_path_factory.mktemp("depot") / "repository")
-    stored(depot, tree)
+    store_in(depot, tree)
     return depot
 
 
@@ -127,7 +115,7 @@ def test_what_is_not_as_it_was_exits_with_3_and_is_named(tmp_path: Path) -> None
     (top / "busy").write_text("content")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("groups_support.FLAGS", {b"busy": CHANGED})
-        stored(depot, top)
+        store_in(depot, top)
     done = depot.ferry("files", "latest", "--to", tmp_path / "to", "--json").refused(3, "busy", "changed")
     assert [problem["path"] for problem in json.loads(done.out)["problems"]] == ["busy"]
     assert (tmp_path / "to" / "busy").read_text() == "content"

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, arm, backup, chains, files, hot, inspect, restore, serve, track
+from blockferry.cli import admin, arm, backup, chains, files, hot, inspect, mount, restore, serve, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
@@ -41,6 +41,7 @@ for command in (
     restore.restore,
     restore.verify,
     files.files,
+    mount.mount,
     hot.attach,
     serve.serve,
     hot.status,
