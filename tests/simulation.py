@@ -189,7 +189,7 @@ class MemoryRepository:
         self.archives[snapshot.id] = _Archive(snapshot, record, block_map, chunks)
         return Stored(snapshot, sum(map(len, chunks.values())))
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
         return sorted((each.snapshot for each in self.archives.values()), key=lambda each: each.created)
 
     def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:

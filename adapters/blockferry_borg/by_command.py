@@ -62,7 +62,7 @@ class CommandRepository:
         """Return the size of the chunks that an image of `size` bytes is stored in."""
         return unit_for(size)
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
         """Return every complete snapshot, oldest first."""
         listed = self.borg.listing(*self.words.list_archives())["archives"]
         whole = [entry for entry in listed if not is_unfinished(entry["name"])]

@@ -68,7 +68,7 @@ class WorkerRepository:
         """Return the size of the chunks that an image of `size` bytes is stored in."""
         return unit_for(size)
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
         """Return every complete snapshot, oldest first; costs one request an archive, all in flight at once."""
         with self._worker() as worker:
             listed = worker.ask(op="list")["archives"]

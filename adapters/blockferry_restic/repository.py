@@ -98,9 +98,11 @@ class ResticRepository:
         self._remember(summary, tags, tree.files)
         return Stored(Snapshot.of(record, summary["snapshot_id"]), int(summary["data_added_packed"]))
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
         """Return every complete snapshot with our tags, oldest first."""
         directory = self._repository_directory()
+        if not about_to_store:
+            self._local_reader()  # with a wrong password nothing is listed, even if it is remembered
         entries = self._local_entries(directory) if directory else self._remote_entries()
         found = [snapshot for snapshot in map(_snapshot, entries) if snapshot]
         return sorted(found, key=lambda snapshot: snapshot.created)

@@ -86,7 +86,7 @@ def find_difference(
     kept = [each for each in checkpoints.of(volume) if choice.tracker in ("", each.checkpoint.tracker)]
     if choice.since == LATEST and not kept:
         return None, f"no tracker{choice.tracker and f' {choice.tracker}'} remembers an earlier snapshot of it"
-    snapshots = repository.snapshots()
+    snapshots = repository.snapshots(about_to_store=True)
     reasons: list[str] = []
     for number, candidate in enumerate(_candidates(snapshots, volume, choice.since)):
         answer = _ask(manager, repository, snapshots, candidate, kept, (volume, still), reasons)

@@ -68,8 +68,11 @@ class Repository(Protocol):
         left. Raise BaseUnusableError if a base does not have its chunks any more.
         """
 
-    def snapshots(self) -> list[Snapshot]:
-        """Return every complete snapshot that blockferry wrote here, oldest first."""
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
+        """Return every complete snapshot that blockferry wrote here, oldest first.
+
+        Whoever is about to store something may get the list before the repository's key was tried: storing tries it.
+        """
 
     def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
         """Return the record and the block map of a snapshot; DamagedSnapshotError if they cannot be read."""

@@ -20,8 +20,8 @@ from blockferry.extents import ExtentSet
 from blockferry.groups import placing, writing
 from blockferry.groups.files import Restored, restore_files
 from blockferry.groups.stored import StoredGroup
-from blockferry.groups.table import CHANGED, UNREADABLE
-from groups_support import DIRECTORY, Memory, group_of, make_tree, state_of, table_of
+from blockferry.groups.table import CHANGED, GONE, UNREADABLE
+from groups_support import DIRECTORY, FILE, LINK, Memory, group_of, make_tree, state_of, table_of
 from volumes_support import make_image, run
 
 Mount = Callable[..., Path]
@@ -266,6 +266,62 @@ def test_what_could_not_be_read_is_a_problem_and_no_file_of_zeros(
     assert problem.path == path
     assert "could not be read" in problem.what
     assert not (tmp_path / "to" / "hole").exists()
+
+
+def test_what_was_removed_during_the_backup_is_as_if_it_had_never_been(tmp_path: Path) -> None:
+    table = table_of({"name": b"gone", "flags": GONE}, {"name": b"there", "size": 0}, {"name": b"link", "link": 1})
+    restored = bring_back(dataclasses.replace(group_of(_empty(tmp_path)), table=table), tmp_path / "to")
+    assert os.listdir(tmp_path / "to") == ["there"]
+    ((path, what),) = restored.problems
+    assert path == b"link"
+    assert "could not be read" in what
+
+
+def test_bytes_that_files_share_are_read_once_and_written_to_each(tmp_path: Path) -> None:
+    image = os.urandom(40_000)
+    extents = {
+        b"a": (0, 30_000, 0, -1),
+        b"b": (0, 30_000, 0, -1),
+        b"c": (100, 5_000, 20_000, -1),
+        b"d": (0, 9, 39_991, -1),
+    }
+    table = table_of(*({"name": name, "size": 35_000, "extents": [each]} for name, each in extents.items()))
+    memory = Memory(image)
+    group = dataclasses.replace(group_of(_empty(tmp_path)), table=table, image=memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blockferry.groups.files._BATCH", 7_000)
+        patch.setattr(writing, "_FILES", 1)
+        assert bring_back(group, tmp_path / "to").problems == []
+    for name, (logical, length, place, _address) in extents.items():
+        expected = bytearray(35_000)
+        expected[logical : logical + length] = image[place : place + length]
+        assert (tmp_path / "to" / os.fsdecode(name)).read_bytes() == expected
+    assert memory.bytes_read <= len(image)
+
+
+def test_two_entries_of_one_name_are_one_file_and_a_problem(tmp_path: Path) -> None:
+    """A directory that changes while it is listed may name a file twice (readdir(3))."""
+    table = table_of(
+        {"name": b"a", "mode": LINK, "text": 0},
+        {"name": b"a", "mode": DIRECTORY},
+        {"name": b"below", "parent": 2, "size": 0},
+        texts=(os.fsencode(tmp_path),),
+    )
+    restored = bring_back(dataclasses.replace(group_of(_empty(tmp_path)), table=table), tmp_path / "to")
+    assert {problem.path for problem in restored.problems} >= {b"a"}
+    assert not (tmp_path / "below").exists()
+
+
+def test_an_owner_that_is_none_is_a_problem(tmp_path: Path) -> None:
+    table = table_of({"name": b"a", "size": 0, "uid": 0xFFFFFFFF, "mode": FILE | 0o4000})
+    (problem,) = bring_back(dataclasses.replace(group_of(_empty(tmp_path)), table=table), tmp_path / "to").problems
+    assert "owner" in problem.what
+    assert stat.S_IMODE((tmp_path / "to" / "a").stat().st_mode) == 0o644
+
+
+def _empty(place: Path) -> Path:
+    (place / "empty").mkdir()
+    return place / "empty"
 
 
 @pytest.mark.parametrize("missing", ["the start", "the middle", "the end", "all"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from blockferry.errors import DamagedSnapshotError
 from blockferry.groups.names import shown
-from blockferry.groups.table import FileTable, pack_attributes, unpack_attributes
+from blockferry.groups.table import GONE, FileTable, pack_attributes, unpack_attributes
 from groups_support import DIRECTORY, FILE, LINK, group_of, make_tree, table_of
 
 IMAGE = 1 << 20
@@ -63,7 +64,6 @@ def test_a_hard_link_has_the_extents_of_the_first_one() -> None:
         ("a NUL", [{"name": b"a\0b"}]),
         ("no name", [{"name": b""}]),
         ("a long name", [{"name": b"n" * 256}]),
-        ("the same name twice", [{"name": b"a", "mode": LINK, "text": 0}, {"name": b"b"}, {"name": b"a"}]),
         ("its own parent", [{"name": b"a", "mode": DIRECTORY, "parent": 1}]),
         ("a cycle", [{"name": b"a", "mode": DIRECTORY, "parent": 2}, {"name": b"b", "mode": DIRECTORY, "parent": 1}]),
         ("a second root", [{"name": b"a", "mode": DIRECTORY, "parent": -1}]),
@@ -82,13 +82,10 @@ def test_a_hard_link_has_the_extents_of_the_first_one() -> None:
         ("a symbolic link without a text", [{"name": b"a", "mode": LINK}]),
         ("a text out of bounds", [{"name": b"a", "mode": LINK, "text": 5}]),
         ("attributes out of bounds", [{"name": b"a", "attributes": -7}]),
-        ("an empty target", [{"name": b"a", "mode": LINK, "text": 1}]),
         ("a target with a NUL", [{"name": b"a", "mode": LINK, "text": 2}]),
-        ("a long target", [{"name": b"a", "mode": LINK, "text": 3}]),
         ("attributes that are cut off", [{"name": b"a", "attributes": 0}]),
         ("no kind", [{"name": b"a", "mode": 0o644}]),
         ("more than a mode", [{"name": b"a", "mode": FILE | 1 << 20}]),
-        ("nobody", [{"name": b"a", "uid": 0xFFFFFFFF}]),
         ("a negative size", [{"name": b"a", "size": -1}]),
         ("an extent beyond the image", [{"name": b"a", "extents": [(0, 4096, IMAGE - 4095, -1)]}]),
         ("an extent before the image", [{"name": b"a", "extents": [(0, 4096, -1, -1)]}]),
@@ -105,7 +102,7 @@ def test_a_hard_link_has_the_extents_of_the_first_one() -> None:
 )
 def test_a_table_that_leads_elsewhere_is_refused(what: str, entries: list[dict[str, object]]) -> None:
     del what
-    table = table_of(*entries, texts=(b"target", b"", b"a\0b", b"x" * 5000))
+    table = table_of(*entries, texts=(b"target", b"", b"a\0b"))
     with pytest.raises(DamagedSnapshotError, match="repository: the table"):
         read(table)
 
@@ -126,8 +123,22 @@ def test_counts_that_are_made_up_allocate_nothing(column: int, count: int) -> No
     stored = bytearray(sound().to_bytes())
     place = stored.index(b"\n") + 1 + 8 * column
     stored[place : place + 8] = count.to_bytes(8, "little")
-    with pytest.raises(DamagedSnapshotError):
-        FileTable.from_bytes(bytes(stored), IMAGE, "repository")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedSnapshotError):
+            FileTable.from_bytes(bytes(stored), IMAGE, "repository")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_follows_a_table_is_no_part_of_it() -> None:
+    stored = sound().to_bytes()
+    assert FileTable.from_bytes(stored + bytes(500), IMAGE, "repository").to_bytes() == stored
+
+
+def test_a_symbolic_link_that_was_removed_before_it_was_read_needs_no_target() -> None:
+    assert len(read(table_of({"name": b"a", "mode": LINK, "flags": GONE}))) == 2
 
 
 @pytest.mark.parametrize("length", range(0, sound().stored_size, 7))
@@ -139,7 +150,6 @@ def test_a_table_that_is_cut_off_is_refused(length: int) -> None:
 def in_bounds(table: FileTable) -> None:
     """Follow everything that a table says."""
     paths = list(table.paths())
-    assert len(set(paths)) == len(paths)
     for row, path in enumerate(paths):
         assert path == table.path(row)
         assert not {b"", b".", b".."} & set(path.split(b"/")[: -1 if row == 0 else None])

@@ -32,11 +32,12 @@ def test_what_was_stored_here_is_known_without_the_key(
     listed, described = repository.snapshots(), repository.describe(later)
     monkeypatch.delenv("RESTIC_PASSWORD")
     without = open_repository(repository_path)
-    assert without.snapshots() == listed == [base, later]
+    assert without.snapshots(about_to_store=True) == listed == [base, later]
     assert without.describe(later)[0] == described[0]
     assert without.describe(later)[1].to_bytes() == described[1].to_bytes()
-    with pytest.raises(PassphraseError):
-        without.open(later)
+    for asks in (without.snapshots, lambda: without.open(later)):
+        with pytest.raises(PassphraseError):
+            asks()
 
 
 def test_another_host_lists_and_describes_the_same(

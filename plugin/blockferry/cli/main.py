@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -10,13 +11,54 @@ from typing import NoReturn
 
 import click
 
-from blockferry.cli import admin, arm, backup, chains, files, hot, inspect, mount, restore, serve, track
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
 
+COMMANDS = {
+    "used": "inspect",
+    "changed": "inspect",
+    "backup": "backup",
+    "snapshots": "inspect",
+    "show": "inspect",
+    "restore": "restore",
+    "verify": "restore",
+    "files": "files",
+    "mount": "mount",
+    "attach": "hot",
+    "serve": "serve",
+    "status": "hot",
+    "detach": "hot",
+    "arm": "arm",
+    "disarm": "arm",
+    "armed": "arm",
+    "watch": "arm",
+    "udev": "arm",
+    "merge": "chains",
+    "delete": "chains",
+    "track": "track",
+    "doctor": "admin",
+    "catalog": "admin",
+}
+"""The commands, in the order of the help, and which module of this package each is in."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """Commands of which only that which is run is loaded: what hot restore needs costs a backup nothing."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Return a command, None if there is none of that name."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"blockferry.cli.{COMMANDS[name]}"), name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="blockferry")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--log-json", is_flag=True, help="Write log lines, progress and errors as JSON lines on stderr.")
@@ -30,34 +72,6 @@ def cli(context: click.Context, as_json: bool, log_json: bool, verbose: int, qui
     or `latest`.
     """
     context.obj = Context(Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose))
-
-
-for command in (
-    inspect.used,
-    inspect.changed,
-    backup.backup,
-    inspect.snapshots,
-    inspect.show,
-    restore.restore,
-    restore.verify,
-    files.files,
-    mount.mount,
-    hot.attach,
-    serve.serve,
-    hot.status,
-    hot.detach,
-    arm.arm,
-    arm.disarm,
-    arm.armed,
-    arm.watch,
-    arm.udev,
-    chains.merge,
-    chains.delete,
-    track.track,
-    admin.doctor,
-    admin.catalog,
-):
-    cli.add_command(command)
 
 
 class _TerminatedError(BaseException):

@@ -21,7 +21,7 @@ from blockferry.extents import ExtentSet
 from blockferry.groups.names import shown
 from blockferry.groups.placing import Placing, Problem
 from blockferry.groups.stored import StoredGroup
-from blockferry.groups.table import UNREADABLE, FileTable, Rows
+from blockferry.groups.table import GONE, UNREADABLE, FileTable, Rows
 from blockferry.groups.writing import Writing
 from blockferry.progress import Progress
 from blockferry.target import explained
@@ -85,7 +85,9 @@ class _Restoring:
         self.leaders = leaders
         is_leader = np.zeros(len(table), np.bool_)
         is_leader[leaders] = True
-        unreadable = (table.entries["flags"] & UNREADABLE != 0) & (kinds == stat.S_IFREG)
+        # The content of hard links went with the first one's, if that was removed during the backup.
+        missed = table.entries["flags"][self.source] & (UNREADABLE | GONE) != 0
+        unreadable = missed & (kinds != stat.S_IFDIR)
         self.directories = np.flatnonzero(chosen & (kinds == stat.S_IFDIR))
         self.unreadable = np.flatnonzero(chosen & unreadable)
         made = chosen & is_leader & ~unreadable
@@ -144,6 +146,7 @@ def _chosen(table: FileTable, rows: Rows) -> tuple[npt.NDArray[np.bool_], Rows]:
     """Return which rows are to be made, parents included, and of hard links the ones that are made as files."""
     chosen = np.zeros(len(table), np.bool_)
     chosen[rows] = True
+    chosen[table.gone] = False
     chosen[0] = True
     parents = table.entries["parent"].astype(np.int64)
     above = np.unique(parents[np.flatnonzero(chosen)])

@@ -15,7 +15,7 @@ from blockferry.errors import UsageError
 from blockferry.groups.names import shown
 from blockferry.groups.patterns import Selection
 from blockferry.groups.stored import StoredGroup
-from blockferry.groups.table import CHANGED, UNREADABLE, FileTable, Rows
+from blockferry.groups.table import CHANGED, GONE, UNREADABLE, FileTable, Rows
 
 
 def select(table: FileTable, patterns: Sequence[str]) -> Rows:
@@ -58,10 +58,15 @@ def objects(group: StoredGroup, rows: Rows) -> Iterator[dict[str, Any]]:
 
 def entries(group: StoredGroup, rows: Rows) -> Iterator[dict[str, Any]]:
     """Yield what is known of each row, which are in order."""
-    table, wanted = group.table, set(rows.tolist()) if rows.size < len(group.table) else None
+    table = group.table
+    wanted = np.zeros(len(table), np.bool_)
+    wanted[rows] = True
+    wanted &= ~table.gone
     columns = table.entries[["mode", "uid", "gid", "flags", "link", "size", "mtime"]]
-    for row, path in enumerate(table.paths()):
-        if wanted is not None and row not in wanted:
+    links = table.entries["link"]
+    missed = table.entries["flags"][np.where(links >= 0, links, np.arange(len(table)))] & (UNREADABLE | GONE) != 0
+    for row, (path, is_wanted) in enumerate(zip(table.paths(), wanted.tolist(), strict=True)):
+        if not is_wanted:
             continue
         mode, uid, gid, flags, link, size, mtime = columns[row].item()
         entry = {
@@ -73,11 +78,11 @@ def entries(group: StoredGroup, rows: Rows) -> Iterator[dict[str, Any]]:
             "size": size,
             "mtime_ns": mtime,
             "changed": bool(flags & CHANGED),
-            "unreadable": bool(flags & UNREADABLE),
+            "unreadable": bool(missed[row]),
         }
         if entry["path"].encode() != (path or b"."):
             entry["path_b64"] = base64.b64encode(path).decode()
-        if stat.S_ISLNK(mode):
+        if stat.S_ISLNK(mode) and not entry["unreadable"]:
             entry["target"] = shown(table.target(row))
         if link >= 0:
             entry["hard_link_of"] = shown(table.path(link))

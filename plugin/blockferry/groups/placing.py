@@ -27,6 +27,8 @@ _ROWS = 1 << 16
 """Entries turned into Python's objects at a time: what bounds the memory."""
 _HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE})
 """What will not be better with the next file."""
+_NOBODY = (1 << 32) - 1
+"""To chown(2) this says to leave the owner alone, which would be root."""
 _OF_ROOT = ("security.", "trusted.")
 _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 
@@ -269,6 +271,8 @@ class Placing:
         mode = facts.mode & 0o7777
         if self._privileged:
             try:
+                if _NOBODY in (facts.uid, facts.gid):
+                    raise OSError(errno.EINVAL, "none that can be set")
                 os.chown(target, facts.uid, facts.gid)
             except OSError as error:
                 self.fail(row, error, "its owner: ")

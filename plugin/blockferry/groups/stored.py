@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from blockferry.errors import DamagedSnapshotError, UsageError
 from blockferry.extents import ExtentSet
 from blockferry.groups.table import FileTable
 from blockferry.layers import Layer
+from blockferry.remembered import Remembered
 from blockferry.repository import Repository
 from blockferry.snapshot import Record, Snapshot
 
@@ -37,18 +39,9 @@ def open_group(repository: Repository, snapshot: Snapshot) -> StoredGroup:
             f"snapshot {snapshot.id} is of the volume {record.volume}, not of a group of files",
             remedy="`blockferry restore` brings volumes back.",
         )
-    where = f"{repository.reference}, snapshot {snapshot.id}"
     image = repository.open(snapshot)
     try:
-        place, length = table_place(record, where)
-        stored = memoryview(bytearray(length))
-        read = 0
-        for offset, piece in image.stream(ExtentSet.from_pairs([(place, length)]), 16 << 20):
-            stored[offset - place : offset - place + len(piece)] = piece
-            read += len(piece)
-        if read != length:
-            raise DamagedSnapshotError(f"{where}: the table of its files is not there", remedy="Take another snapshot.")
-        return StoredGroup(record, FileTable.from_bytes(stored, record.size, where), image)
+        return StoredGroup(record, _read(image, record, f"{repository.reference}, snapshot {snapshot.id}"), image)
     except BaseException:
         image.close()
         raise
@@ -61,6 +54,29 @@ def refuse_group(record: Record) -> None:
             f"snapshot {record.snapshot} is of the group {record.volume}: it holds files, not a volume",
             remedy=f"`blockferry files {record.snapshot} --to DIR` brings them back.",
         )
+
+
+def read_table(repository: Repository, snapshot: Snapshot, record: Record, remembered: Remembered) -> FileTable:
+    """Return the table of a group's files: the one that this host remembers, else from the repository."""
+    where = f"{repository.reference}, snapshot {snapshot.id}"
+    stored = remembered.get(snapshot.id)
+    if stored is not None:
+        return FileTable.from_bytes(stored, record.size, where)
+    with contextlib.closing(repository.open(snapshot)) as image:
+        return _read(image, record, where)
+
+
+def _read(image: Layer, record: Record, where: str) -> FileTable:
+    """Read the table from a group's image."""
+    place, length = table_place(record, where)
+    stored = memoryview(bytearray(length))
+    read = 0
+    for offset, piece in image.stream(ExtentSet.from_pairs([(place, length)]), 16 << 20):
+        stored[offset - place : offset - place + len(piece)] = piece
+        read += len(piece)
+    if read != length:
+        raise DamagedSnapshotError(f"{where}: the table of its files is not there", remedy="Take another snapshot.")
+    return FileTable.from_bytes(stored, record.size, where)
 
 
 def table_place(record: Record, where: str) -> tuple[int, int]:

@@ -24,6 +24,8 @@ CHANGED = 1
 """An entry's flag: it changed while it was read, again and again; what is stored may be of different instants."""
 UNREADABLE = 2
 """An entry's flag: its content could not be read, and is not stored."""
+GONE = 4
+"""An entry's flag: it was removed while the backup ran; there is nothing to restore."""
 BESIDE = -1
 """The address of an extent that was read through the filesystem: inline, compressed, encrypted, or changing."""
 
@@ -56,9 +58,6 @@ _MAGIC = b"blockferry files 1\n"
 _COUNTS = np.dtype([("entries", "<u8"), ("extents", "<u8"), ("texts", "<u8"), ("names", "<u8"), ("text_bytes", "<u8")])
 _LARGEST = (1 << 62) - 1
 """Any two such numbers can be added."""
-_NOBODY = (1 << 32) - 1
-"""To chown(2) this is no owner, but to leave the owner alone."""
-_LONGEST_TARGET = 4095
 _LONGEST_VALUE = 64 << 10
 """Of an extended attribute (xattr(7))."""
 _KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
@@ -130,6 +129,13 @@ class FileTable:
         return self.texts[int(self.entries["text"][row])]
 
     @property
+    def gone(self) -> npt.NDArray[np.bool_]:
+        """By row: whether it was removed during the backup, and is as if it had never been."""
+        entries = self.entries
+        found: npt.NDArray[np.bool_] = (entries["flags"] & GONE != 0) & (entries["mode"] & 0o170000 != stat.S_IFDIR)
+        return found
+
+    @property
     def stored_size(self) -> int:
         """How many bytes `to_bytes` returns: known before flags, sizes and places are."""
         return stored_size(
@@ -150,7 +156,10 @@ class FileTable:
 
     @classmethod
     def from_bytes(cls, stored: bytes | memoryview, image_size: int, where: str) -> FileTable:
-        """Return the table of the stored form; raise DamagedSnapshotError, naming `where`, if it is none."""
+        """Return the table of the stored form, whatever follows it.
+
+        Raise DamagedSnapshotError, naming `where`, if it is none.
+        """
         try:
             table = cls._read(memoryview(stored))
             table._check(image_size)
@@ -168,7 +177,7 @@ class FileTable:
             raise ValueError("it is of no known version")
         counts = [int(count) for count in np.frombuffer(stored, _COUNTS, 1, len(_MAGIC))[0]]
         entries, extents, texts, names, text_bytes = counts
-        if max(counts) > _LARGEST or stored_size(*counts) != len(stored):
+        if max(counts) > _LARGEST or stored_size(*counts) > len(stored):
             raise ValueError(f"it has {len(stored)} bytes, and says otherwise")
         place = len(_MAGIC) + _COUNTS.itemsize
 
@@ -190,7 +199,7 @@ class FileTable:
             sorted_ends = not ends.size or (int(ends[0]) >= 0 and not bool((ends[1:] < ends[:-1]).any()))
             if not sorted_ends or (int(ends[-1]) if ends.size else 0) != total:
                 raise ValueError("its columns do not fit each other")
-        blob = bytes(stored[place + names :])
+        blob = bytes(stored[place + names : place + names + text_bytes])
         begins = [0, *text_ends.tolist()]
         return cls(
             entry_columns,
@@ -219,12 +228,11 @@ class FileTable:
         for column in ("text", "attributes"):
             if bool((entries[column] >= len(self.texts)).any()) or bool((entries[column] < -1).any()):
                 raise ValueError("an entry's text is missing")
-        if bool(((kinds == stat.S_IFLNK) != (entries["text"] >= 0)).any()):
+        is_link, missed = kinds == stat.S_IFLNK, entries["flags"] & (GONE | UNREADABLE) != 0
+        if bool((is_link & (entries["text"] < 0) & ~missed).any()) or bool((~is_link & (entries["text"] >= 0)).any()):
             raise ValueError("a symbolic link leads nowhere")
         if bool((entries["size"] < 0).any()) or bool((entries["size"] > _LARGEST).any()):
             raise ValueError("a size is out of bounds")
-        if bool((entries["uid"] == _NOBODY).any()) or bool((entries["gid"] == _NOBODY).any()):
-            raise ValueError("an owner is none")
         self._check_links(kinds)
         self._check_names()
         self._check_texts()
@@ -250,24 +258,11 @@ class FileTable:
         dots = np.append(np.frombuffer(self.names, np.uint8) == ord("."), False)
         if bool(dots[starts][lengths == 1].any()) or bool((dots[starts] & dots[starts + 1])[lengths == 2].any()):
             raise ValueError("a name leads elsewhere")
-        self._check_siblings()
-
-    def _check_siblings(self) -> None:
-        """Raise ValueError if two entries of a directory have the same name."""
-        order = np.argsort(self.entries["parent"], kind="stable")
-        groups = np.flatnonzero(np.diff(self.entries["parent"][order], append=-2)) + 1
-        starts = np.concatenate([np.zeros(1, np.int64), self.name_ends[:-1]])[order].tolist()
-        ends = self.name_ends[order].tolist()
-        for begin, end in itertools.pairwise([0, *groups.tolist()]):
-            if end - begin > 1:
-                names = {self.names[starts[each] : ends[each]] for each in range(begin, end)}
-                if len(names) != end - begin:
-                    raise ValueError("two entries have the same name")
 
     def _check_texts(self) -> None:
         """Raise ValueError if a symbolic link's target or a set of extended attributes cannot be one."""
         for number in np.unique(self.entries["text"]).tolist():
-            if number >= 0 and (b"\0" in self.texts[number] or not 0 < len(self.texts[number]) <= _LONGEST_TARGET):
+            if number >= 0 and b"\0" in self.texts[number]:
                 raise ValueError("a symbolic link has no possible target")
         for number in np.unique(self.entries["attributes"]).tolist():
             for name, value in (unpack_attributes(self.texts[number]) if number >= 0 else {}).items():

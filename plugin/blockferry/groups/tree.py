@@ -12,7 +12,7 @@ import numpy as np
 
 from blockferry.fuse_tree import Node, Owned
 from blockferry.groups.stored import StoredGroup
-from blockferry.groups.table import unpack_attributes
+from blockferry.groups.table import GONE, UNREADABLE, unpack_attributes
 
 _DIRECTORIES = 256
 """Of how many directories the names are kept at hand."""
@@ -28,7 +28,8 @@ class GroupTree:
         self.group, self.table = group, group.table
         parents, link = self.table.entries["parent"], self.table.entries["link"]
         # The rows of a directory, side by side: nothing is searched through to find them.
-        self._by_parent = np.argsort(parents, kind="stable")
+        here = np.flatnonzero(~self.table.gone)
+        self._by_parent = here[np.argsort(parents[here], kind="stable")]
         self._ends = np.searchsorted(parents[self._by_parent], np.arange(len(self.table)), side="right")
         self._source = np.where(link >= 0, link, np.arange(len(self.table)))
         self._links = np.bincount(self._source, minlength=len(self.table))
@@ -45,8 +46,11 @@ class GroupTree:
             yield os.fsdecode(self.table.name(row)), self._node(row)
 
     def open(self, path: str) -> int:
-        """Return the row that has the content as the handle."""
-        return int(self._source[self._row(path)])
+        """Return the row that has the content as the handle; OSError with EIO if the backup could not have it."""
+        row = int(self._source[self._row(path)])
+        if int(self.table.entries["flags"][row]) & (UNREADABLE | GONE):
+            raise OSError(errno.EIO, "it could not be read when it was backed up")
+        return row
 
     def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
         """Fill the buffer with content, and zeros where the file has a hole."""
@@ -80,8 +84,9 @@ class GroupTree:
     def target(self, path: str) -> bytes:
         """Return where a symbolic link leads."""
         row = self._row(path)
+        row = int(self._source[row])
         if int(self.table.entries["text"][row]) < 0:
-            raise OSError(errno.EINVAL, "no symbolic link")
+            raise OSError(errno.EIO, "it could not be read when it was backed up")
         return self.table.target(row)
 
     def attributes(self, path: str) -> Mapping[bytes, bytes]:
@@ -120,10 +125,12 @@ class GroupTree:
 
     def _node(self, row: int) -> Node:
         source = int(self._source[row])
-        columns = self.table.entries[["mode", "uid", "gid", "size", "mtime", "ctime", "rdev"]][source].item()
-        mode, uid, gid, size, mtime, ctime, device = columns
+        columns = self.table.entries[["mode", "uid", "gid", "size", "mtime", "ctime", "rdev", "text"]][source].item()
+        mode, uid, gid, size, mtime, ctime, device, text = columns
         first = int(self.table.extent_ends[source - 1]) if source else 0
         allocated = int(self._allocated[self.table.extent_ends[source]] - self._allocated[first])
+        if stat.S_ISLNK(mode) and text >= 0:
+            size = len(self.table.texts[text])
         links = 1 if stat.S_ISDIR(mode) else int(self._links[source])
         owned = Owned(mode, uid, gid, links, device, ctime, allocated)
         return Node(source + 1, stat.S_ISDIR(mode), size, mtime, owned=owned)

@@ -1,0 +1,515 @@
+"""Walking a group: what every entry is, and where its content lies, as columns; several processes beside each other.
+
+A process takes a few directories at a time and returns their entries; which directories they hold is added to what is
+still to be walked. Entries of a directory are looked at in the order of their inodes, which is that of the disk. Files
+that are as they were in an earlier snapshot, by inode, size and time of change, are looked at no further.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import errno
+import itertools
+import logging
+import multiprocessing
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from blockferry.groups.content import PIECE, Contents
+from blockferry.groups.table import ENTRY, GONE, UNREADABLE, FileTable, pack_attributes
+
+if TYPE_CHECKING:
+    from blockferry.groups.scope import Scope
+
+log = logging.getLogger(__name__)
+
+_PROCESSES = min(4, os.cpu_count() or 1)
+_ENTRIES_AT_ONCE = 8192
+_DIRECTORIES_AT_ONCE = 32
+_RECENT = 50_000_000
+"""ns in which a file may change again and keep its time: more than a tick of any kernel's coarse clock."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass
+class Walked:
+    """The entries found, by row. `pieces` are not trimmed or placed yet: what the filesystem says, in file order."""
+
+    entries: npt.NDArray[np.void]
+    """ENTRY; of several hard links of a file the first is known, the others name it in `link`."""
+    names: bytes
+    name_ends: Rows
+    texts: list[bytes]
+    pieces: npt.NDArray[np.void]
+    """PIECE, of those files that are not as in the base."""
+    piece_ends: Rows
+    known: Rows
+    """By row: the row in the base of a file that is as it was there, else -1."""
+    problems: list[tuple[bytes, str]]
+    """Paths that could not be read, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The files of an earlier snapshot, to be known again: sorted by inode."""
+
+    inodes: npt.NDArray[np.uint64]
+    rows: Rows
+    table: FileTable
+    before: int
+    """ns: a file that changed later than this may have changed again within the same tick of the clock."""
+
+    @classmethod
+    def of(cls, table: FileTable, began: int) -> Known:
+        """Return what can be known again of a snapshot whose walk began at that time, in ns."""
+        entries = table.entries
+        usable = (entries["flags"] == 0) & (entries["link"] < 0)
+        rows = np.flatnonzero(usable).astype(np.int64)
+        order = np.argsort(entries["inode"][rows], kind="stable")
+        return cls(entries["inode"][rows][order], rows[order], table, began - _RECENT)
+
+    def find(self, entries: npt.NDArray[np.void]) -> Rows:
+        """Return for each entry its row in the snapshot, -1 for what is new or may have changed."""
+        if not self.inodes.size:
+            return np.full(entries.size, -1, np.int64)
+        place = np.searchsorted(self.inodes, entries["inode"]).clip(0, self.inodes.size - 1)
+        rows = self.rows[place]
+        then = self.table.entries[rows]
+        same = (self.inodes[place] == entries["inode"]) & (entries["ctime"] < self.before)
+        for column in ("mode", "size", "ctime", "mtime"):
+            same &= then[column] == entries[column]
+        return np.where(same, rows, -1)
+
+
+class Walker:
+    """Walks a group's directories, and looks at files again. A context: it keeps processes."""
+
+    def __init__(self, scope: Scope, contents: Contents, known: Known | None) -> None:
+        self._scanner = _Scanner(scope, contents, known)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def walk(self, advance: Callable[[int], None] = lambda _count: None) -> Walked:
+        """Return what there is; `advance` is called with how many entries were found since the last call."""
+        joined = _Joined()
+        todo = deque(joined.add(self._scanner.root()))
+        # A small tree is walked before other processes have started.
+        while todo and len(joined) < _ENTRIES_AT_ONCE:
+            found = self._scanner.scan([todo.popleft()])
+            todo.extend(joined.add(found))
+            advance(found.entries.size)
+        if todo:
+            self._spread(todo, joined, advance)
+        return joined.walked()
+
+    def _spread(self, todo: deque[tuple[int, bytes]], joined: _Joined, advance: Callable[[int], None]) -> None:
+        """Have processes walk what is left to do."""
+        # By forking: what is known is shared, not copied.
+        context = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(_PROCESSES, context, _take, (self._scanner,))
+        running: set[Future[_Fragment]] = set()
+        while todo or running:
+            while todo and len(running) < 2 * _PROCESSES:
+                count = min(_DIRECTORIES_AT_ONCE, max(1, len(todo) // (2 * _PROCESSES)))
+                running.add(self._pool.submit(_scan, [todo.popleft() for _ in range(count)]))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for each in done:
+                found = each.result()
+                todo.extend(joined.add(found))
+                advance(found.entries.size)
+
+    def differing(self, files: Sequence[Seen]) -> list[State]:
+        """Return, for each file, whether it is still what was seen of it."""
+        if self._pool is None:
+            return self._scanner.differing(files)
+        batches = [files[place : place + _ENTRIES_AT_ONCE] for place in range(0, len(files), _ENTRIES_AT_ONCE)]
+        return [state for states in self._pool.map(_differing, batches) for state in states]
+
+
+class State(enum.Enum):
+    """What became of a file since it was seen."""
+
+    SAME = enum.auto()
+    WRITTEN = enum.auto()
+    """It changed, and lies where it lay."""
+    MOVED = enum.auto()
+    """What was at its place may be of another file by now."""
+    GONE = enum.auto()
+
+
+class Seen(NamedTuple):
+    """A regular file as it was seen: its absolute path, what `stat` said, and its pieces."""
+
+    path: bytes
+    inode: int
+    size: int
+    ctime: int
+    pieces: bytes
+
+
+_scanner: _Scanner | None = None
+
+
+def _take(scanner: _Scanner) -> None:
+    """Keep, in a process of its own, what it is to work with."""
+    global _scanner  # noqa: PLW0603  # how a pool's process is told something once
+    _scanner = scanner
+
+
+def _differing(files: Sequence[Seen]) -> list[State]:
+    if _scanner is None:
+        raise RuntimeError("this process was not told what to walk")
+    return _scanner.differing(files)
+
+
+def _scan(directories: list[tuple[int, bytes]]) -> _Fragment:
+    if _scanner is None:
+        raise RuntimeError("this process was not told what to walk")
+    return _scanner.scan(directories)
+
+
+@dataclasses.dataclass
+class _Fragment:
+    """The entries of some directories. Numbers of texts count within it."""
+
+    entries: npt.NDArray[np.void]
+    nlink: npt.NDArray[np.uint32]
+    names: list[bytes]
+    texts: list[bytes]
+    pieces: npt.NDArray[np.void]
+    counts: Rows
+    known: Rows
+    directories: list[tuple[int, bytes]]
+    """Those to be walked next: row within the fragment, and path."""
+    problems: list[tuple[bytes, str]]
+
+
+class _Scanner:
+    """Looks at directories. One a process."""
+
+    def __init__(self, scope: Scope, contents: Contents, known: Known | None) -> None:
+        self.scope = scope
+        self.contents = contents
+        self.known = known
+        self.device = os.stat(scope.root).st_dev
+
+    def root(self) -> _Fragment:
+        """Return the group's root as an entry without a name."""
+        root = self.scope.root
+        facts = os.stat(root)
+        into = _Collector(self)
+        into.add(b"", facts, -1)
+        into.directories.append((0, root))
+        into.finish(root, None)
+        return into.fragment()
+
+    def scan(self, directories: Iterable[tuple[int, bytes]]) -> _Fragment:
+        """Return the entries of directories, given with their rows."""
+        into = _Collector(self)
+        for row, path in directories:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    into.problems.append((path, _reason(error)))
+                continue
+            try:
+                self._directory(into, row, path, descriptor)
+            except OSError as error:
+                into.problems.append((path, _reason(error)))
+            finally:
+                os.close(descriptor)
+        return into.fragment()
+
+    def differing(self, files: Sequence[Seen]) -> list[State]:
+        """Return, for each file, whether it is still what was seen of it."""
+        return [self._state(each) for each in files]
+
+    def _state(self, seen: Seen) -> State:
+        """Look at one file again."""
+        try:
+            descriptor = self.contents.open(seen.path, None)
+        except OSError as error:
+            return State.GONE if error.errno in _GONE else State.MOVED
+        try:
+            facts = os.fstat(descriptor)
+            if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
+                return State.MOVED
+            if self.contents.pieces(descriptor, facts.st_size) != seen.pieces:
+                return State.MOVED
+            return State.SAME if (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size) else State.WRITTEN
+        except OSError:
+            return State.MOVED
+        finally:
+            os.close(descriptor)
+
+    def _directory(self, into: _Collector, row: int, path: bytes, descriptor: int) -> None:
+        """Add the entries of one directory."""
+        scope = self.scope
+        wanted = scope.only.get(path)
+        if wanted is None and scope.is_left_out(descriptor):
+            return
+        with os.scandir(descriptor) as listed:
+            for some in _batches(listed, _ENTRIES_AT_ONCE):
+                some.sort(key=os.DirEntry.inode)
+                for entry in some:
+                    name = os.fsencode(entry.name)
+                    if wanted is not None and name not in wanted:
+                        continue
+                    self._entry(into, row, path + b"/" + name if path != b"/" else path + name, name, entry)
+                into.finish(path, descriptor)
+
+    def _entry(self, into: _Collector, row: int, path: bytes, name: bytes, entry: os.DirEntry[str]) -> None:
+        """Add one entry, and what is below it to what is to be walked, if it is of the group."""
+        include = recurse = True
+        if self.scope.rules:
+            include, recurse = self.scope.verdict(path)
+            if not include and not (recurse and entry.is_dir(follow_symlinks=False)):
+                return
+        try:
+            facts = entry.stat(follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _GONE:
+                into.problems.append((path, _reason(error)))
+            return
+        number = into.add(name, facts, row)
+        if stat.S_ISDIR(facts.st_mode) and recurse and facts.st_dev == self.device:
+            into.directories.append((number, path))
+
+
+_GONE = {errno.ENOENT, errno.ENOTDIR}
+"""It was there a moment ago."""
+
+
+class _Collector:
+    """Entries on their way into columns: tuples for a few thousand of them, arrays from then on."""
+
+    def __init__(self, scanner: _Scanner) -> None:
+        self.scanner = scanner
+        self.rows: list[tuple[int, ...]] = []
+        self.links: list[int] = []
+        self.names: list[bytes] = []
+        self.entries: list[npt.NDArray[np.void]] = []
+        self.nlink: list[npt.NDArray[np.uint32]] = []
+        self.known: list[Rows] = []
+        self.texts: dict[bytes, int] = {}
+        self.pieces = bytearray()
+        self.counts: list[int] = []
+        self.directories: list[tuple[int, bytes]] = []
+        self.problems: list[tuple[bytes, str]] = []
+
+    def add(self, name: bytes, facts: os.stat_result, parent: int) -> int:
+        """Add an entry; return its number in the fragment."""
+        self.rows.append(
+            (
+                parent,
+                facts.st_mode,
+                facts.st_uid,
+                facts.st_gid,
+                0,
+                -1,
+                -1,
+                -1,
+                facts.st_size,
+                facts.st_mtime_ns,
+                facts.st_ctime_ns,
+                facts.st_ino,
+                facts.st_rdev,
+            )
+        )
+        self.links.append(facts.st_nlink)
+        self.names.append(name)
+        return len(self.names) - 1
+
+    def finish(self, directory: bytes, descriptor: int | None) -> None:
+        """Look closer at the entries, all of one directory, that were added since the last call."""
+        if not self.rows:
+            return
+        entries = np.array(self.rows, ENTRY)
+        names = self.names[-len(self.rows) :]
+        # What is no file has a size of its own that says nothing of content.
+        is_file = entries["mode"] & 0o170000 == stat.S_IFREG
+        entries["size"][~is_file] = 0
+        known = self.scanner.known.find(entries) if self.scanner.known else np.full(entries.size, -1, np.int64)
+        counts = np.zeros(entries.size, np.int64)
+        for number in np.flatnonzero(known < 0).tolist():
+            path = directory + b"/" + names[number] if names[number] else directory
+            try:
+                counts[number] = self._look(entries, number, path, names[number], descriptor)
+            except OSError as error:
+                gone = error.errno in _GONE
+                entries["flags"][number] |= GONE if gone else UNREADABLE
+                if not gone:
+                    self.problems.append((path, _reason(error)))
+        self._recall(entries, known)
+        self.counts += counts.tolist()
+        self.entries.append(entries)
+        self.nlink.append(np.array(self.links, np.uint32))
+        self.known.append(known)
+        self.rows, self.links = [], []
+
+    def _look(
+        self, entries: npt.NDArray[np.void], number: int, path: bytes, name: bytes, descriptor: int | None
+    ) -> int:
+        """Find out an entry's attributes, target and content; return how many pieces of content there are."""
+        mode, count = int(entries["mode"][number]), 0
+        if stat.S_ISLNK(mode):
+            entries["text"][number] = self._text(
+                os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
+            )
+        if stat.S_ISREG(mode) and entries["size"][number]:
+            opened = self.scanner.contents.open(name if descriptor is not None else path, descriptor)
+            try:
+                facts = os.fstat(opened)
+                if (facts.st_ino, facts.st_ctime_ns) != (int(entries["inode"][number]), int(entries["ctime"][number])):
+                    # Replaced or written a moment ago: as it is now.
+                    _update(entries[number], facts)
+                found = self.scanner.contents.pieces(opened, facts.st_size)
+                self.pieces += found
+                count = len(found) // PIECE.itemsize
+                attributes = _attributes(opened)
+            finally:
+                os.close(opened)
+        else:
+            attributes = _attributes(path)
+        if attributes:
+            entries["attributes"][number] = self._text(pack_attributes(attributes))
+        return count
+
+    def _recall(self, entries: npt.NDArray[np.void], known: Rows) -> None:
+        """Take the targets and attributes of entries that are as they were from the earlier snapshot."""
+        if self.scanner.known is None:
+            return
+        table = self.scanner.known.table
+        for column in ("text", "attributes"):
+            then = np.where(known >= 0, table.entries[column][known], -1)
+            for number in np.flatnonzero(then >= 0).tolist():
+                entries[column][number] = self._text(table.texts[int(then[number])])
+
+    def _text(self, text: bytes) -> int:
+        """Return the number of a text."""
+        return self.texts.setdefault(text, len(self.texts))
+
+    def fragment(self) -> _Fragment:
+        """Return everything that was added."""
+        return _Fragment(
+            np.concatenate([np.empty(0, ENTRY), *self.entries]),
+            np.concatenate([np.empty(0, np.uint32), *self.nlink]),
+            self.names,
+            list(self.texts),
+            np.frombuffer(bytes(self.pieces), PIECE),
+            np.array(self.counts, np.int64),
+            np.concatenate([np.empty(0, np.int64), *self.known]),
+            self.directories,
+            self.problems,
+        )
+
+
+class _Joined:
+    """Fragments on their way into one."""
+
+    def __init__(self) -> None:
+        self.fragments: list[tuple[npt.NDArray[np.void], npt.NDArray[np.uint32], Rows, Rows, npt.NDArray[np.void]]] = []
+        self.names = bytearray()
+        self.lengths: list[Rows] = []
+        self.texts: dict[bytes, int] = {}
+        self.problems: list[tuple[bytes, str]] = []
+        self.rows = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def add(self, found: _Fragment) -> list[tuple[int, bytes]]:
+        """Take a fragment in; return the directories that are to be walked next, by row and path."""
+        numbers = np.array([self.texts.setdefault(text, len(self.texts)) for text in found.texts], np.int64)
+        for column in ("text", "attributes"):
+            has = found.entries[column] >= 0
+            found.entries[column][has] = numbers[found.entries[column][has]]
+        self.names += b"".join(found.names)
+        self.lengths.append(np.fromiter(map(len, found.names), np.int64, len(found.names)))
+        self.fragments.append((found.entries, found.nlink, found.known, found.counts, found.pieces))
+        self.problems += found.problems
+        first, self.rows = self.rows, self.rows + found.entries.size
+        return [(first + row, path) for row, path in found.directories]
+
+    def walked(self) -> Walked:
+        """Return all of it, hard links found."""
+        entries, nlink, known, counts, pieces = (np.concatenate(each) for each in zip(*self.fragments, strict=True))
+        self.fragments = []
+        _link(entries, nlink)
+        return Walked(
+            entries,
+            bytes(self.names),
+            np.cumsum(np.concatenate(self.lengths)),
+            list(self.texts),
+            pieces,
+            np.cumsum(counts),
+            known,
+            self.problems,
+        )
+
+
+def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
+    """Have every further hard link of a file name the row of the first."""
+    rows = np.flatnonzero((nlink > 1) & (entries["mode"] & 0o170000 != stat.S_IFDIR))
+    if not rows.size:
+        return
+    order = rows[np.argsort(entries["inode"][rows], kind="stable")]
+    inodes, kinds = entries["inode"][order], entries["mode"][order] & 0o170000
+    begins = np.flatnonzero(np.append(True, (inodes[1:] != inodes[:-1]) | (kinds[1:] != kinds[:-1])))
+    firsts = np.repeat(order[begins], np.diff(np.append(begins, order.size)))
+    further = firsts != order
+    entries["link"][order[further]] = firsts[further]
+
+
+def _update(entry: np.void, facts: os.stat_result) -> None:
+    """Have an entry say what is known of a file now."""
+    if not stat.S_ISREG(facts.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "it was replaced by something else")
+    entry["mode"], entry["uid"], entry["gid"] = facts.st_mode, facts.st_uid, facts.st_gid
+    entry["size"], entry["mtime"], entry["ctime"] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+    entry["inode"] = facts.st_ino
+
+
+def _attributes(place: int | bytes) -> dict[bytes, bytes]:
+    """Return the extended attributes of an open file or, not followed, of a path."""
+    try:
+        names = os.listxattr(place) if isinstance(place, int) else os.listxattr(place, follow_symlinks=False)
+        if not names:
+            return {}
+        follow = isinstance(place, int)
+        return {os.fsencode(name): os.getxattr(place, name, follow_symlinks=follow) for name in names}
+    except OSError:
+        return {}  # a filesystem without any, or not ours to see
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _batches(listed: Iterator[os.DirEntry[str]], count: int) -> Iterator[list[os.DirEntry[str]]]:
+    while some := list(itertools.islice(listed, count)):
+        yield some
+
+
+def wait_out(newest: int) -> None:
+    """Wait until nothing that changes from now on can have a time of change that was seen already; `newest` in ns."""
+    left = newest + _RECENT - time.time_ns()
+    if 0 < left <= _RECENT:
+        time.sleep(left / 1e9)
