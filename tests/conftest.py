@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_the_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep borg, restic and blockferry away from the user's own repositories, caches, keys and state."""
+    """Keep borg, restic and blockferry away from the user's own repositories, caches, keys, state and configuration."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
@@ -38,6 +38,8 @@ def home_of_the_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         patch.setenv("BORG_BASE_DIR", str(home / "borg"))
         patch.setenv("RESTIC_CACHE_DIR", str(home / "restic"))
         patch.setenv("BLOCKFERRY_STATE_DIR", str(home / "state"))
+        (home / "config.yaml").touch()
+        patch.setenv("BLOCKFERRY_CONFIG", str(home / "config.yaml"))
         yield home
 
 

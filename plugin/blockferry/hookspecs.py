@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from blockferry.config.configuration import Configuration
     from blockferry.extents import ExtentSet
     from blockferry.hot.cache import RestoreCache
     from blockferry.hot.source import Source
@@ -102,6 +103,17 @@ class CacheOptions:
     buffer: str = ""
     """The directory for a buffer, where there is no target."""
     buffer_size: int = 0
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def blockferry_load_config(path: str) -> Configuration | None:
+    """Return what a configuration file says. Stops at the first answer.
+
+    :param path: the file, as the user named it after `--config`; it exists.
+    """
 
 
 # -- repositories ------------------------------------------------------------------------------------------------------

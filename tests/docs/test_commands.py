@@ -83,10 +83,12 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BORG_PASSPHRASE", "secret")
+        (place / "config.yaml").write_text("groups: {small: {volume: /mnt/data, schedule: hourly}}")
+        patch.setenv("BLOCKFERRY_CONFIG", str(place / "config.yaml"))
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
         group = stored_group(place / "files", repository)
         return {
-            " ".join(words[: 2 if words[0] in {"catalog", "udev"} else 1]): blockferry(*words)
+            " ".join(words[: 2 if words[0] in {"catalog", "schedule", "udev"} else 1]): blockferry(*words)
             for words in (
                 ("files", group, "--to", place / "back", "--repo", repository),
                 ("used", image),
@@ -106,6 +108,9 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("armed",),
                 ("disarm", "serial:NOWHERE"),
                 ("udev", "install", "--root", place / "root"),
+                ("schedule", "install", "--directory", place / "units"),
+                ("schedule", "show", "--directory", place / "units"),
+                ("schedule", "remove", "--directory", place / "units"),
                 ("delete", "latest", "--repo", repository),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),

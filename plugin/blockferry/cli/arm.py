@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from blockferry.chain import trace
-from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
+from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, PartialError, UsageError
@@ -58,7 +58,7 @@ def arm(
         match=device,
         name=name or default_name(f"{device.kind}-{device.value}")[:_LONGEST_NAME],
         snapshot="",
-        repository=_storable(reference or reference_from_environment()),
+        repository=_storable(context.reference(reference)),
         mount=_directory(directory),
         rate=rate,
     )

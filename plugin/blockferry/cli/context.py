@@ -14,6 +14,7 @@ import pluggy
 
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
+from blockferry.config.configuration import Configuration, load_configuration
 from blockferry.errors import UsageError
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
@@ -29,16 +30,27 @@ class Context:
     """One invocation."""
 
     output: Output
+    config: str | None = None
+    """The configuration file that `--config` names."""
 
     @functools.cached_property
     def manager(self) -> pluggy.PluginManager:
         """The plugins, loaded when the first is needed."""
         return plugin_manager()
 
+    @functools.cached_property
+    def configuration(self) -> Configuration:
+        """What the configuration file says, read when it is first needed."""
+        return load_configuration(self.manager, self.config)
+
+    def reference(self, reference: str | None) -> str:
+        """Return a reference, or else the one that the configuration names, or else the environment."""
+        return reference or self.configuration.repository or reference_from_environment()
+
     @contextlib.contextmanager
     def repository(self, reference: str | None) -> Iterator[Repository]:
-        """Open the repository that a reference, or else the environment, names."""
-        named = reference or reference_from_environment()
+        """Open the repository that a reference, or else the configuration or the environment, names."""
+        named = self.reference(reference)
         with contextlib.closing(repository_named(self.manager, named)) as repository:
             yield repository
 
@@ -67,7 +79,7 @@ def repository_option(function: Decorated) -> Decorated:
         "--repo",
         "reference",
         metavar="REF",
-        help="borg:PATH-OR-URL or restic:PATH-OR-URL; else BORG_REPO or RESTIC_REPOSITORY of the environment.",
+        help="borg:PATH-OR-URL or restic:PATH-OR-URL; else as configured, or BORG_REPO or RESTIC_REPOSITORY.",
     )(function)
 
 

@@ -12,7 +12,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry import service
-from blockferry.cli.context import Context, json_option, reference_from_environment, repository_option
+from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.hot import arming, attachment, client, daemon, movable
@@ -90,7 +90,7 @@ def attach(
     _refuse_places(target, buffer, size)
     request = Request(
         name=name or (default_name(target) if target else snapshot),
-        reference=reference or reference_from_environment(),
+        reference=context.reference(reference),
         snapshot=snapshot,
         target=os.path.realpath(target) if target else "",
         buffer=os.path.realpath(buffer) if buffer else "",

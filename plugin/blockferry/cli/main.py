@@ -37,6 +37,7 @@ COMMANDS = {
     "merge": "chains",
     "delete": "chains",
     "track": "track",
+    "schedule": "schedule",
     "doctor": "admin",
     "catalog": "admin",
 }
@@ -60,18 +61,22 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="blockferry")
+@click.option(
+    "--config", metavar="FILE", help="The configuration; else BLOCKFERRY_CONFIG or /etc/blockferry/config.yaml."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--log-json", is_flag=True, help="Write log lines, progress and errors as JSON lines on stderr.")
 @click.option("-v", "--verbose", count=True, help="Say more; twice: everything.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
-def cli(context: click.Context, as_json: bool, log_json: bool, verbose: int, quiet: bool) -> None:
+def cli(context: click.Context, config: str | None, as_json: bool, log_json: bool, verbose: int, quiet: bool) -> None:
     """Block-level backup of volumes into borg and restic repositories, and their restore.
 
     A VOLUME is a block device or an image file. A SNAPSHOT is the id that `backup` printed, a unique prefix of it,
     or `latest`.
     """
-    context.obj = Context(Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose))
+    output = Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose)
+    context.obj = Context(output, config)
 
 
 class _TerminatedError(BaseException):

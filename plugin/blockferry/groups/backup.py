@@ -23,6 +23,7 @@ from blockferry.backup import Result
 from blockferry.blockmap import Kind
 from blockferry.errors import DamagedSnapshotError, VolumeError
 from blockferry.groups.content import PIECE, Contents
+from blockferry.groups.definition import Group
 from blockferry.groups.image import GroupImage, open_row
 from blockferry.groups.packing import Packed, pack
 from blockferry.groups.place import Filesystem
@@ -60,17 +61,16 @@ class GroupResult:
     problems: tuple[tuple[bytes, str], ...]
 
 
-def back_up_group(
-    scope: Scope, name: str, definition: dict[str, object], repository: Repository, *, since: str, progress: Progress
-) -> GroupResult:
+def back_up_group(group: Group, repository: Repository, *, since: str, progress: Progress) -> GroupResult:
     """Store a group of files as one snapshot. All or nothing, but for single files that are reported.
 
     Raise VolumeError if the root is no directory, and whatever the repository raises.
     """
     began, began_ns = time.monotonic(), time.time_ns()
+    scope = Scope.of(group)
     filesystem = Filesystem.of(scope.root)
     _sync(scope.root)
-    earlier, reason = find_earlier(repository, name, filesystem, since)
+    earlier, reason = find_earlier(repository, group, filesystem, since)
     contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
     known = Known.of(earlier.table, earlier.began) if earlier else None
     with Walker(scope, contents, known) as walker, filesystem.disk() as disk:
@@ -80,7 +80,7 @@ def back_up_group(
         _sync(scope.root)
         unit = repository.unit(earlier.record.size if earlier else int(walked.pieces["length"].sum()))
         packed = pack(walked, earlier.table if earlier else None, earlier.record.size if earlier else 0, unit)
-        record = _describe(name, definition, filesystem, packed, earlier, reason, unit, began_ns)
+        record = _describe(group, filesystem, packed, earlier, reason, unit, began_ns)
         run = _Run(scope.root, walker, walked, packed)
         image = GroupImage(packed, unit, disk, run.read_file, run.seal)
         taken = packed.block_map.extents(Kind.SAME).align(unit, record.size)
@@ -94,13 +94,15 @@ def back_up_group(
     return GroupResult(result, len(packed.table), (*walked.problems, *run.problems))
 
 
-def find_earlier(repository: Repository, name: str, filesystem: Filesystem, since: str) -> tuple[Earlier | None, str]:
+def find_earlier(
+    repository: Repository, group: Group, filesystem: Filesystem, since: str
+) -> tuple[Earlier | None, str]:
     """Return the snapshot of the group to go on from, or None and the reason why there is none."""
     if since == "none":
         return None, "no earlier snapshot is to be used (--since none)"
     if "reuse" not in repository.capabilities:
         return None, "this repository takes nothing over from earlier snapshots"
-    mine = [each for each in repository.snapshots(about_to_store=True) if each.volume == name]
+    mine = [each for each in repository.snapshots(about_to_store=True) if each.volume == group.name]
     if since != "latest":
         mine = [find(mine, since)]
     if not mine:
@@ -277,8 +279,7 @@ def _replace(table: FileTable, replaced: dict[int, tuple[int, int]]) -> FileTabl
 
 
 def _describe(
-    name: str,
-    definition: dict[str, object],
+    group: Group,
     filesystem: Filesystem,
     packed: Packed,
     earlier: Earlier | None,
@@ -292,7 +293,7 @@ def _describe(
         snapshot=new_snapshot_id(),
         created=now(),
         host=socket.gethostname(),
-        volume=name,
+        volume=group.name,
         path=os.fsdecode(filesystem.root),
         size=packed.block_map.size,
         block_size=4096,
@@ -308,8 +309,7 @@ def _describe(
         bytes_changed=packed.read.total,
         base=earlier.snapshot.id if earlier else None,
         group={
-            **definition,
-            "root": os.fsdecode(filesystem.root),
+            **group.as_json(),
             "table": list(packed.table_place),
             "entries": len(table),
             "began": began,

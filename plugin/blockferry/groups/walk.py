@@ -278,7 +278,7 @@ class _Scanner:
     def _entry(self, into: _Collector, row: int, path: bytes, name: bytes, entry: os.DirEntry[str]) -> None:
         """Add one entry, and what is below it to what is to be walked, if it is of the group."""
         include = recurse = True
-        if self.scope.rules:
+        if self.scope.group.rules:
             include, recurse = self.scope.verdict(path)
             if not include and not (recurse and entry.is_dir(follow_symlinks=False)):
                 return

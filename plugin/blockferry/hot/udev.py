@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockferry.errors import BlockferryError, ToolMissingError
+from blockferry import systemd
+from blockferry.errors import ToolMissingError
 from blockferry.hot.arming import KINDS, VALUE_CHARACTERS, Match
-from blockferry.kernel import sync_directory
 from blockferry.programs import find
 
 if TYPE_CHECKING:
@@ -94,25 +92,25 @@ def rule(state: Path) -> str:
 
 def unit(command: str, state: str) -> str:
     """Return systemd's template: `command` runs us, `state` is the state directory if it is not the usual one."""
-    environment = f"Environment={_quoted(f'BLOCKFERRY_STATE_DIR={state}')}\n" if state else ""
-    return _UNIT.format(command=_quoted(command) if "/" in command else command, environment=environment)
+    environment = f"Environment={systemd.quoted(f'BLOCKFERRY_STATE_DIR={state}')}\n" if state else ""
+    return _UNIT.format(command=systemd.quoted(command) if "/" in command else command, environment=environment)
 
 
 def install(root: Path | None) -> list[Path]:
     """Write the rule and the unit, for this machine or below the `root` of another, and return where they are."""
     state = os.environ.get("BLOCKFERRY_STATE_DIR", "")
     # Another machine, or a package, has the command where systemd looks for it.
-    command = "blockferry" if root else os.path.abspath(Path(sys.argv[0]))  # noqa: PTH100  # a link stays one
+    command = "blockferry" if root else systemd.own_command()
     contents = {
         _RULES: rule(Path(state or "/var/lib/blockferry")),
         _UNITS: unit(command, state),
     }
-    written = [_write((root or Path("/")) / place, content) for place, content in contents.items()]
+    written = [systemd.write((root or Path("/")) / place, content) for place, content in contents.items()]
     if root is None:
         if udevd_runs():
-            _run(find("udevadm", "udev"), "control", "--reload")
-        if systemd_runs():
-            _run(find("systemctl", "systemd"), "daemon-reload")
+            systemd.run(find("udevadm", "udev"), "control", "--reload")
+        if systemd.runs():
+            systemd.run(find("systemctl", "systemd"), "daemon-reload")
     return written
 
 
@@ -125,12 +123,7 @@ def is_installed() -> bool:
 def systemd_starts_it() -> bool:
     """Tell whether this machine's systemd knows the unit."""
     places = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-    return systemd_runs() and any(Path(place, UNIT_FILE).exists() for place in places)
-
-
-def systemd_runs() -> bool:
-    """Tell whether systemd is what started this machine (sd_booted(3))."""
-    return Path("/run/systemd/system").is_dir()
+    return systemd.runs() and any(Path(place, UNIT_FILE).exists() for place in places)
 
 
 def udevd_runs() -> bool:
@@ -172,27 +165,3 @@ def _is_our_own(device: pyudev.Device) -> bool:
             continue
         return Path(backing).match(_OUR_DISKS + "/*/*")
     return False
-
-
-def _quoted(text: str) -> str:
-    """Return a word as systemd reads it (systemd.service(5))."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{escaped}"'
-
-
-def _write(path: Path, content: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(content)
-    temporary.chmod(0o644)
-    temporary.replace(path)
-    sync_directory(path.parent)
-    return path
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BlockferryError(
-            f"{' '.join(command)}: {done.stderr.strip()}", remedy="The files are written: run it yourself."
-        )
