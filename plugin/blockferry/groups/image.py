@@ -50,6 +50,11 @@ class GroupImage(BaseLayer):
         if offset >= self._last:
             self._read_end(offset, buffer)
             return
+        if offset + len(buffer) > self._last:
+            # One read over both: what comes last is not known before the rest was read.
+            self.read_into(offset, buffer[: self._last - offset])
+            self.read_into(self._last, buffer[self._last - offset :])
+            return
         _fill(buffer, self._gaps(offset, len(buffer)))
         try:
             for run in self._spans(offset, len(buffer)):
