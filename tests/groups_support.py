@@ -21,7 +21,7 @@ from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import ENTRY, EXTENT, FileTable, pack_attributes
 from blockferry.layers import BaseLayer
 from blockferry.manager import plugin_manager, repository_named
-from blockferry.repository import Repository
+from blockferry.repository import Advance, Repository
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, new_snapshot_id, now
 from commands_support import Depot
 
@@ -117,6 +117,21 @@ class Builder:
             list(self.texts),
         )
         return table, bytes(image)
+
+
+class Quiet:
+    """Progress that adds up."""
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+
+    @contextlib.contextmanager
+    def task(self, _name: str, total: int) -> Iterator[Advance]:
+        self.total += total
+        yield self._advance
+
+    def _advance(self, count: int) -> None:
+        self.done += count
 
 
 def group_of(top: Path | str, *, seed: int = 0, unit: int = UNIT) -> StoredGroup:

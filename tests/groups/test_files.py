@@ -21,27 +21,12 @@ from blockferry.groups import placing, writing
 from blockferry.groups.files import Restored, restore_files
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import CHANGED, GONE, UNREADABLE
-from groups_support import DIRECTORY, FILE, LINK, Memory, group_of, make_tree, state_of, table_of
+from groups_support import DIRECTORY, FILE, LINK, Memory, Quiet, group_of, make_tree, state_of, table_of
 from volumes_support import make_image, run
 
 Mount = Callable[..., Path]
 
 pytestmark = pytest.mark.root
-
-
-class Quiet:
-    """Progress that adds up."""
-
-    def __init__(self) -> None:
-        self.done = self.total = 0
-
-    @contextlib.contextmanager
-    def task(self, _name: str, total: int) -> Iterator[object]:
-        self.total += total
-        yield self.advance
-
-    def advance(self, count: int) -> None:
-        self.done += count
 
 
 def bring_back(group: StoredGroup, to: Path, *paths: bytes, force: bool = False) -> Restored:
