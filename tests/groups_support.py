@@ -17,6 +17,8 @@ import pytest
 
 from blockferry.blockmap import BlockMap
 from blockferry.extents import ExtentSet
+from blockferry.groups.backup import back_up_group
+from blockferry.groups.definition import Group
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import ENTRY, EXTENT, FileTable, pack_attributes
 from blockferry.layers import BaseLayer
@@ -162,6 +164,18 @@ def store_in(depot: Depot, top: Path) -> Snapshot:
         repository = repository_named(plugin_manager(), depot.reference)
         opened.callback(repository.close)
         return store_group(top, repository)
+
+
+def back_up(depot: Depot, top: Path) -> Snapshot:
+    """Store all files below a directory, as `blockferry backup` does."""
+    group = Group.parse("small", {"volume": str(top)}, "test")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in depot.env.items():
+            patch.setenv(name, text)
+        with contextlib.closing(repository_named(plugin_manager(), depot.reference)) as repository:
+            done = back_up_group(group, repository, since="latest", progress=Quiet())
+    assert done.problems == ()
+    return done.result.snapshot
 
 
 def _record(size: int, place: int, length: int) -> Record:
