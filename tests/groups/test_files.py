@@ -7,6 +7,7 @@ import dataclasses
 import os
 import stat
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from blockferry.errors import DamagedSnapshotError, TargetError
 from blockferry.extents import ExtentSet
-from blockferry.groups import placing, writing
+from blockferry.groups import directories, placing, writing
 from blockferry.groups.files import Restored, restore_files
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import CHANGED, GONE, UNREADABLE
@@ -64,7 +65,7 @@ def test_everything_comes_back_as_it_was(tree: Path, group: StoredGroup, tmp_pat
 def test_few_open_files_and_small_pieces_make_no_difference(
     most: int, batch: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placing, "_DIRECTORIES", most)
+    monkeypatch.setattr(directories, "_MOST", most)
     monkeypatch.setattr(writing, "_FILES", most)
     monkeypatch.setattr("blockferry.groups.files._BATCH", batch)
     monkeypatch.setattr(placing, "_ROWS", most)
@@ -83,10 +84,10 @@ def test_few_open_files_and_small_pieces_make_no_difference(
 def test_directories_deeper_than_any_path_come_back(
     group: StoredGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placing, "_DIRECTORIES", 5)
+    monkeypatch.setattr(directories, "_MOST", 5)
     name, depth = b"d" * 200, 30
-    directories = [{"name": name, "mode": DIRECTORY, "parent": row} for row in range(depth)]
-    table = table_of(*directories, {"name": b"bottom", "parent": depth, "size": 0})
+    nested = [{"name": name, "mode": DIRECTORY, "parent": row} for row in range(depth)]
+    table = table_of(*nested, {"name": b"bottom", "parent": depth, "size": 0})
     group = dataclasses.replace(group, table=table)
     assert bring_back(group, tmp_path / "to").problems == []
     os.chdir(tmp_path / "to")
@@ -197,7 +198,7 @@ def test_a_directory_that_is_swapped_for_a_link_meanwhile_leads_nowhere(group: S
 
     many = dataclasses.replace(group, image=Swapping(group.image.content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placing, "_DIRECTORIES", 1)
+        patch.setattr(directories, "_MOST", 1)
         restored = bring_back(many, to)
     assert {problem.path for problem in restored.problems} >= {b"private/file", b"closed/file"}
     assert list(outside.iterdir()) == []
@@ -302,6 +303,36 @@ def test_an_owner_that_is_none_is_a_problem(tmp_path: Path) -> None:
     (problem,) = bring_back(dataclasses.replace(group_of(_empty(tmp_path)), table=table), tmp_path / "to").problems
     assert "owner" in problem.what
     assert stat.S_IMODE((tmp_path / "to" / "a").stat().st_mode) == 0o644
+
+
+def test_without_root_everything_else_comes_back_and_no_foreign_setuid(
+    group: StoredGroup, tree: Path, tmp_path: Path
+) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    here = os.open(tmp_path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.fchdir(here)  # no other user may come here by the path
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            problems = {problem.path for problem in bring_back(group, Path("to")).problems}
+            os._exit(0 if problems == {b"disk", b"null"} else 1)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(2)
+    os.close(here)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    there, before = state_of(tmp_path / "to"), state_of(tree)
+    assert there.keys() == before.keys() - {b"disk", b"null"}
+    for path, (mode, uid, gid, mtime, _attributes, content, links) in there.items():
+        assert (uid, gid) == (65534, 65534)
+        assert not stat.S_ISREG(mode) or not mode & 0o6000
+        assert (mode & 0o170777, mtime, content, links) == (
+            before[path][0] & 0o170777,
+            *(before[path][i] for i in (3, 5, 6)),
+        )
 
 
 def _empty(place: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockferry.errors import DamagedSnapshotError
 from blockferry.fuse import mounted_on
 from blockferry.groups.stored import StoredGroup
+from blockferry.groups.table import GONE, UNREADABLE
 from blockferry.groups.tree import GroupTree
 from commands_support import Depot, command
-from groups_support import group_of, make_tree, state_of, store_in, table_of
+from groups_support import LINK, Memory, group_of, make_tree, state_of, store_in, table_of
 
 pytestmark = pytest.mark.root
 
@@ -103,6 +106,34 @@ class Bytes:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.content[offset : offset + len(buffer)]
+
+
+def test_content_that_cannot_be_had_is_an_error_of_that_read_alone(
+    group: StoredGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Damaged(Memory):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            raise DamagedSnapshotError("a chunk is missing")
+
+    with mounted_on(GroupTree(dataclasses.replace(group, image=Damaged(b""))), tmp_path):
+        with pytest.raises(OSError, match="Input/output"):
+            (tmp_path / "private" / "file").read_bytes()
+        assert (tmp_path / "hole").read_bytes() == bytes(3 << 20)
+    assert "private/file: a chunk is missing" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_what_was_removed_during_the_backup_is_not_there_and_what_could_not_be_read_is_an_error(tmp_path: Path) -> None:
+    table = table_of(
+        {"name": b"gone", "flags": GONE},
+        {"name": b"unread", "flags": UNREADABLE, "size": 0},
+        {"name": b"link", "mode": LINK, "flags": UNREADABLE},
+    )
+    with mounted_on(GroupTree(StoredGroup(None, table, Bytes(b""))), tmp_path):  # type: ignore[arg-type]
+        assert sorted(os.listdir(tmp_path)) == ["link", "unread"]
+        for read in ((tmp_path / "unread").read_bytes, (tmp_path / "link").readlink):
+            with pytest.raises(OSError, match="Input/output"):
+                read()
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "umount", "kill"])

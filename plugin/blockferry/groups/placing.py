@@ -18,19 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blockferry.groups.table import CHANGED, UNREADABLE, FileTable, Rows, unpack_attributes
+from blockferry.groups.directories import Directories
+from blockferry.groups.metadata import Facts, Metadata, hands_down
+from blockferry.groups.table import CHANGED, UNREADABLE, FileTable, Rows
 from blockferry.target import explained
 
-_DIRECTORIES = 256
-"""How many directories are kept open."""
 _ROWS = 1 << 16
 """Entries turned into Python's objects at a time: what bounds the memory."""
 _HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE})
 """What will not be better with the next file."""
-_NOBODY = (1 << 32) - 1
-"""To chown(2) this says to leave the owner alone, which would be root."""
-_OF_ROOT = ("security.", "trusted.")
-_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 class Problem(NamedTuple):
@@ -38,24 +34,6 @@ class Problem(NamedTuple):
 
     path: bytes
     what: str
-
-
-class Facts(NamedTuple):
-    """An entry's columns, as `table.ENTRY` has them; of a hard link those of its file, but for the directory."""
-
-    parent: int
-    mode: int
-    uid: int
-    gid: int
-    flags: int
-    link: int
-    text: int
-    attributes: int
-    size: int
-    mtime: int
-    ctime: int
-    inode: int
-    rdev: int
 
 
 class Placing:
@@ -70,15 +48,15 @@ class Placing:
         self.problems: list[Problem] = []
         self.made: collections.Counter[str] = collections.Counter()
         self.force, self.fresh = force, fresh
-        self._privileged = os.geteuid() == 0
-        self._mine = (os.geteuid(), os.getegid())
         self._root = root
-        self._open: collections.OrderedDict[int, int] = collections.OrderedDict()
+        self._directories = Directories(table, root)
+        self._metadata = Metadata(table, self.fail)
+        self._metadata.inherits = hands_down(root)
+        self.finish = self._metadata.apply
         self._is_made = np.zeros(len(table), np.bool_)
         link = table.entries["link"]
         self.source: Rows = np.where(link >= 0, link, np.arange(len(table)))
         """By row: the row that has the content and the metadata; for all but hard links the row itself."""
-        self._inherits = self._hands_down(root)
 
     @classmethod
     @contextlib.contextmanager
@@ -97,8 +75,8 @@ class Placing:
             placing = cls(table, root, fresh=fresh, force=force)
             yield placing
         finally:
-            for descriptor in placing._open.values() if placing else ():
-                os.close(descriptor)
+            if placing:
+                placing._directories.close()
             os.close(root)
 
     def facts(self, rows: Rows) -> Iterator[tuple[int, Facts]]:
@@ -127,23 +105,7 @@ class Placing:
 
     def directory(self, row: int) -> int:
         """Return a descriptor of the directory that was made for a row. It stays open for a while."""
-        if row == 0:
-            return self._root
-        if (known := self._open.get(row)) is not None:
-            self._open.move_to_end(row)
-            return known
-        missing, above = [row], int(self.table.entries["parent"][row])
-        while above != 0 and above not in self._open:
-            missing.append(above)
-            above = int(self.table.entries["parent"][above])
-        descriptor = self.directory(above)
-        for each in reversed(missing):
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self.table.name(each), flags, dir_fd=descriptor)
-            self._open[each] = descriptor
-            if len(self._open) > _DIRECTORIES:
-                os.close(self._open.popitem(last=False)[1])
-        return descriptor
+        return self._directories.descriptor(row)
 
     def make_directory(self, row: int, facts: Facts) -> None:
         """Make a directory, for its owner alone, or go into one that is there."""
@@ -154,7 +116,7 @@ class Placing:
             except FileExistsError:
                 there = os.stat(name, dir_fd=parent, follow_symlinks=False)
                 if stat.S_ISDIR(there.st_mode):
-                    self._inherits = self._hands_down(self.directory(row)) or self._inherits
+                    self._metadata.inherits |= hands_down(self.directory(row))
                 elif self.force:
                     os.unlink(name, dir_fd=parent)
                     os.mkdir(name, 0o700, dir_fd=parent)
@@ -266,25 +228,6 @@ class Placing:
                 os.close(parent)
             self.made["links"] += 1
 
-    def finish(self, target: int | str, row: int, facts: Facts) -> None:
-        """Set owner, attributes, mode and times, in the order in which none undoes another: chown(2), chmod(2)."""
-        mode = facts.mode & 0o7777
-        if self._privileged:
-            try:
-                if _NOBODY in (facts.uid, facts.gid):
-                    raise OSError(errno.EINVAL, "none that can be set")
-                os.chown(target, facts.uid, facts.gid)
-            except OSError as error:
-                self.fail(row, error, "its owner: ")
-                mode &= 0o1777
-        elif (facts.uid, facts.gid) != self._mine:
-            mode &= 0o1777  # setuid would give away ourselves
-        if facts.attributes >= 0 or self._inherits:
-            self._set_attributes(target, row, facts)
-        if not stat.S_ISLNK(facts.mode):
-            os.chmod(target, mode)  # noqa: PTH101  # most targets are descriptors
-        os.utime(target, ns=(facts.mtime, facts.mtime))
-
     def tell_flags(self, rows: Rows) -> None:
         """Make a problem of each of these entries that was not well when it was backed up."""
         flags = self.table.entries["flags"][self.source[rows]]
@@ -315,28 +258,6 @@ class Placing:
         if not self.force:
             raise FileExistsError(errno.EEXIST, "something is there already")
         os.unlink(name, dir_fd=parent)
-
-    def _set_attributes(self, target: int | str, row: int, facts: Facts) -> None:
-        wanted = unpack_attributes(self.table.texts[facts.attributes]) if facts.attributes >= 0 else {}
-        if self._inherits:
-            for name in _ACLS:
-                with contextlib.suppress(OSError):
-                    os.removexattr(target, name)
-        for name, value in ((os.fsdecode(each), value) for each, value in wanted.items()):
-            if not self._privileged and name.startswith(_OF_ROOT):
-                continue  # like the owner
-            try:
-                os.setxattr(target, name, value)
-            except OSError as error:
-                self.fail(row, error, f"its attribute {name}: ")
-
-    @staticmethod
-    def _hands_down(directory: int) -> bool:
-        """Tell whether what is made in a directory gets an ACL from it (acl(5))."""
-        try:
-            return bool(os.getxattr(directory, _ACLS[1]))
-        except OSError:
-            return False
 
 
 def write_all(descriptor: int, offset: int, data: memoryview) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from blockferry.errors import BlockferryError
 from blockferry.fuse_tree import Node, Owned
+from blockferry.groups.names import shown
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import GONE, UNREADABLE, unpack_attributes
+
+log = logging.getLogger(__name__)
 
 _DIRECTORIES = 256
 """Of how many directories the names are kept at hand."""
@@ -60,7 +65,11 @@ class GroupTree:
         for logical, place, length in self._pieces(handle, offset, offset + count):
             start = logical - offset
             buffer[done:start] = bytes(start - done)
-            self.group.image.read_into(place, buffer[start : start + length])
+            try:
+                self.group.image.read_into(place, buffer[start : start + length])
+            except BlockferryError as error:
+                log.error("%s: %s", shown(self.table.path(handle)), error.message)  # no bug
+                raise OSError(errno.EIO, error.message) from None
             done = start + length
         buffer[done:] = bytes(count - done)
         return count

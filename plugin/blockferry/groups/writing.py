@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from blockferry.errors import DamagedSnapshotError
+from blockferry.groups.metadata import Facts
 from blockferry.groups.names import shown
-from blockferry.groups.placing import Facts, Placing, write_all
+from blockferry.groups.placing import Placing, write_all
 from blockferry.groups.table import Rows
 
 _FILES = 256
