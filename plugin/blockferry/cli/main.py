@@ -18,6 +18,7 @@ from blockferry.errors import BlockferryError
 COMMANDS = {
     "used": "inspect",
     "changed": "inspect",
+    "group": "group",
     "backup": "backup",
     "snapshots": "inspect",
     "show": "inspect",

@@ -8,6 +8,7 @@ reported. So a file is as it was at one instant, or said not to be.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
@@ -15,30 +16,34 @@ import logging
 import os
 import socket
 import time
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
 from blockferry.errors import DamagedSnapshotError, VolumeError
-from blockferry.groups.content import PIECE, Contents
+from blockferry.extents import ExtentSet
+from blockferry.groups.content import Contents
 from blockferry.groups.definition import Group
 from blockferry.groups.image import GroupImage, open_row
 from blockferry.groups.packing import Packed, pack
 from blockferry.groups.place import Filesystem
 from blockferry.groups.scope import Scope
+from blockferry.groups.second_look import SecondLook
 from blockferry.groups.stored import read_table
-from blockferry.groups.table import BESIDE, CHANGED, EXTENT, GONE, UNREADABLE, FileTable
-from blockferry.groups.walk import Known, Seen, State, Walked, Walker, wait_out
+from blockferry.groups.table import BESIDE, FileTable
+from blockferry.groups.walk import Known, Walked, Walker, wait_out
+from blockferry.layers import BaseLayer, Layer
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
+from blockferry.state import locked
+from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
 
-_TRIES = 3
 _MOST_TABLES = 8
 
 
@@ -60,38 +65,153 @@ class GroupResult:
     entries: int
     problems: tuple[tuple[bytes, str], ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what `backup --json` prints of a group."""
+        problems = [{"path": os.fsdecode(path), "reason": reason} for path, reason in self.problems]
+        return self.result.as_json() | {
+            "group": self.result.record.volume,
+            "entries": self.entries,
+            "problems": problems,
+        }
 
-def back_up_group(group: Group, repository: Repository, *, since: str, progress: Progress) -> GroupResult:
-    """Store a group of files as one snapshot. All or nothing, but for single files that are reported.
 
-    Raise VolumeError if the root is no directory, and whatever the repository raises.
+def back_up_groups(
+    wanted: Sequence[tuple[Group, Repository]], *, since: str, progress: Progress
+) -> Iterator[GroupResult]:
+    """Store groups of files that are on one filesystem, one snapshot each: what several of them have is read once.
+
+    Each is all or nothing, but for single files that are reported. Raise NotNowError if another backup of a group
+    runs, VolumeError if a root is no directory, and whatever the repository raises.
     """
-    began, began_ns = time.monotonic(), time.time_ns()
+    with contextlib.ExitStack() as held:
+        begun = [held.enter_context(_begin(group, repository, since, progress)) for group, repository in wanted]
+        newest = max(int(each.walked.entries["ctime"].max(initial=0)) for each in begun)
+        # What was written before a file was seen is on the disk before it is read; what is written later, is seen.
+        wait_out(newest)
+        for root in {each.scope.root for each in begun}:
+            _sync(root)
+        disk = held.enter_context(_disk(begun))
+        for each in begun:
+            yield each.store(disk, progress)
+
+
+@contextlib.contextmanager
+def _begin(group: Group, repository: Repository, since: str, progress: Progress) -> Iterator[_Begun]:
+    """Walk a group, and plan its image."""
+    began, started = time.time_ns(), time.monotonic()
     scope = Scope.of(group)
     filesystem = Filesystem.of(scope.root)
-    _sync(scope.root)
-    earlier, reason = find_earlier(repository, group, filesystem, since)
-    contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
-    known = Known.of(earlier.table, earlier.began) if earlier else None
-    with Walker(scope, contents, known) as walker, filesystem.disk() as disk:
-        with progress.task("walk", 0) as advance:
-            walked = walker.walk(advance)
-        wait_out(int(walked.entries["ctime"].max(initial=0)))
+    with locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"):
         _sync(scope.root)
-        unit = repository.unit(earlier.record.size if earlier else int(walked.pieces["length"].sum()))
-        packed = pack(walked, earlier.table if earlier else None, earlier.record.size if earlier else 0, unit)
-        record = _describe(group, filesystem, packed, earlier, reason, unit, began_ns)
-        run = _Run(scope.root, walker, walked, packed)
-        image = GroupImage(packed, unit, disk, run.read_file, run.seal)
-        taken = packed.block_map.extents(Kind.SAME).align(unit, record.size)
-        bases = [Base(earlier.snapshot, taken)] if earlier and taken else []
+        earlier, reason = find_earlier(repository, group, filesystem, since)
+        contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
+        known = Known.of(earlier.table, earlier.began) if earlier else None
+        with Walker(scope, contents, known) as walker:
+            with progress.count("files and directories") as advance:
+                walked = walker.walk(advance)
+            size = earlier.record.size if earlier else 0
+            unit = repository.unit(size or int(walked.pieces["length"].sum()))
+            packed = pack(walked, earlier.table if earlier else None, size, unit)
+            record = _describe(group, filesystem, packed, earlier, reason, unit, began)
+            took = time.monotonic() - started
+            yield _Begun(scope, filesystem, repository, walker, walked, packed, record, earlier, took)
+
+
+def back_up_group(group: Group, repository: Repository, *, since: str, progress: Progress) -> GroupResult:
+    """Store one group; see `back_up_groups`."""
+    (result,) = back_up_groups([(group, repository)], since=since, progress=progress)
+    return result
+
+
+@contextlib.contextmanager
+def _disk(begun: Sequence[_Begun]) -> Iterator[Layer | None]:
+    """Open the device; what several groups have is read by way of the page cache, and so once."""
+    filesystem = begun[0].filesystem
+    if not filesystem.addressable:
+        yield None
+        return
+    seen, shared = ExtentSet.empty(), ExtentSet.empty()
+    for each in begun:
+        runs = each.packed.runs[each.packed.runs["address"] != BESIDE]
+        mine = ExtentSet.from_ranges(runs["address"], runs["address"] + runs["length"])
+        shared = shared.union(seen.intersection(mine))
+        seen = seen.union(mine)
+    volume = Volume.discover(filesystem.device)
+    with volume.open_data() as disk, volume.open() as cached:
+        yield Shared(disk, cached, shared) if shared else disk
+
+
+class Shared(BaseLayer):
+    """A device of which some extents will be read more than once, soon: these by way of the page cache."""
+
+    def __init__(self, disk: Layer, cached: Layer, shared: ExtentSet) -> None:
+        self.size = disk.size
+        self.extents = disk.extents
+        self._disk, self._cached, self._shared = disk, cached, shared
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer."""
+        often = bool(self._shared.clip(offset, offset + len(buffer)))
+        (self._cached if often else self._disk).read_into(offset, buffer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """One group's backup, walked and planned."""
+
+    scope: Scope
+    filesystem: Filesystem
+    repository: Repository
+    walker: Walker
+    walked: Walked
+    packed: Packed
+    record: Record
+    earlier: Earlier | None
+    seconds: float
+    """What it took so far."""
+
+    def store(self, disk: Layer | None, progress: Progress) -> GroupResult:
+        """Store the group, of which `disk` has the content that has an address."""
+        began = time.monotonic()
+        record, packed = self.record, self.packed
+        look = SecondLook(self.scope.root, self.walker, self.walked, packed)
+        tables: list[bytes] = []
+
+        def seal() -> dict[int, bytes]:
+            fresh, table = look.finish()
+            tables.append(table.to_bytes())
+            return {packed.late[0]: fresh, packed.table_place[0]: tables[0]}
+
+        image = GroupImage(packed, record.unit, disk, self._read_file, seal, look.was_read)
+        taken = packed.block_map.extents(Kind.SAME).align(record.unit, record.size)
+        bases = [Base(self.earlier.snapshot, taken)] if self.earlier and taken else []
         work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
         with progress.task("backup", work) as advance:
-            stored = repository.store(image, packed.block_map, record, bases=bases, advance=advance)
-    remember_table(stored.snapshot, run.sealed)
-    seconds = time.monotonic() - began
-    result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
-    return GroupResult(result, len(packed.table), (*walked.problems, *run.problems))
+            stored = self.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
+        remember_table(stored.snapshot, tables[0])
+        seconds = self.seconds + time.monotonic() - began
+        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
+        return GroupResult(result, len(packed.table), (*self.walked.problems, *look.problems))
+
+    def _read_file(self, row: int, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from a file, through the filesystem; what it lacks reads as zeros, and is seen afterwards."""
+        path = self.packed.table.path(row)
+        try:
+            descriptor = open_row(self.scope.root, path)
+            try:
+                done = 0
+                while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
+                    done += count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
+                raise VolumeError(
+                    f"{os.fsdecode(path)}: cannot be read: {error.strerror}",
+                    remedy="Look at the kernel log: the disk may be failing. A pattern leaves out a file that is lost.",
+                ) from None
+            done = 0
+        buffer[done:] = bytes(len(buffer) - done)
 
 
 def find_earlier(
@@ -135,147 +255,6 @@ def remember_table(snapshot: Snapshot, table: bytes) -> None:
     files = Remembered("groups")
     files.put(snapshot.id, table)
     files.keep(lambda _name: True, _MOST_TABLES)
-
-
-class _Run:
-    """One backup, from the moment that its image is planned."""
-
-    def __init__(self, root: bytes, walker: Walker, walked: Walked, packed: Packed) -> None:
-        self.root = root
-        self.walker = walker
-        self.walked = walked
-        self.packed = packed
-        self.problems: list[tuple[bytes, str]] = []
-        self.sealed = b""
-
-    def read_file(self, row: int, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from a file, through the filesystem; what it lacks reads as zeros, and is seen afterwards."""
-        try:
-            descriptor = open_row(self.root, self.packed.table.path(row))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                buffer[:] = bytes(len(buffer))
-                return
-            raise VolumeError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
-        try:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    buffer[done:] = bytes(len(buffer) - done)
-                    break
-                done += count
-        except OSError as error:
-            raise VolumeError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
-
-    def seal(self) -> dict[int, bytes]:
-        """Look at every file that was read again; return what of them was read anew, and the table of all files."""
-        late, room = self.packed.late
-        fresh = bytearray()
-        table = self.packed.table
-        replaced: dict[int, tuple[int, int]] = {}
-        rows, seen = self._seen()
-        for row, state in zip(rows, self.walker.differing(seen), strict=True):
-            if state is State.SAME:
-                continue
-            again = self._again(row, room - len(fresh)) if state is not State.GONE else State.GONE
-            match again:
-                case bytes() as content:
-                    replaced[row] = (late + len(fresh), len(content))
-                    fresh += content
-                case State.GONE:
-                    table.entries["flags"][row] |= GONE
-                    replaced[row] = (0, 0)
-                case State.WRITTEN if state is State.WRITTEN:
-                    table.entries["flags"][row] |= CHANGED
-                    self.problems.append((self._path(row), "it changed while it was read"))
-                case _:
-                    table.entries["flags"][row] |= UNREADABLE
-                    table.entries["size"][row] = 0
-                    replaced[row] = (0, 0)
-                    self.problems.append((self._path(row), "it changed while it was read, and could not be read again"))
-        table = _replace(table, replaced)
-        self.sealed = table.to_bytes()
-        return {late: bytes(fresh), self.packed.table_place[0]: self.sealed}
-
-    def _seen(self) -> tuple[list[int], list[Seen]]:
-        """Return what was seen of the files that were read, with their rows."""
-        walked, entries = self.walked, self.walked.entries
-        counts = np.diff(walked.piece_ends, prepend=0)
-        rows = np.flatnonzero(counts).tolist()
-        raw = walked.pieces.tobytes()
-        ends = (walked.piece_ends * PIECE.itemsize).tolist()
-        begins = ((walked.piece_ends - counts) * PIECE.itemsize).tolist()
-        inodes, sizes, ctimes = (entries[column].tolist() for column in ("inode", "size", "ctime"))
-        paths = list(self.packed.table.paths())
-        root = self.root.rstrip(b"/") + b"/"
-        seen = [
-            Seen(root + paths[row], inodes[row], sizes[row], ctimes[row], raw[begins[row] : ends[row]]) for row in rows
-        ]
-        return rows, seen
-
-    def _again(self, row: int, room: int) -> bytes | State:
-        """Read a file anew, in one piece, and have its entry say what it is now; a State if that cannot be done."""
-        for _ in range(_TRIES):
-            try:
-                descriptor = open_row(self.root, self.packed.table.path(row))
-            except OSError:
-                return State.GONE
-            try:
-                before = os.fstat(descriptor)
-                if before.st_size > room or before.st_mode & 0o170000 != 0o100000:
-                    return State.WRITTEN
-                wait_out(before.st_ctime_ns)
-                content = _whole(descriptor, before.st_size)
-                after = os.fstat(descriptor)
-            finally:
-                os.close(descriptor)
-            if (before.st_ctime_ns, before.st_size, len(content)) == (after.st_ctime_ns, after.st_size, after.st_size):
-                entry = self.packed.table.entries[row]
-                entry["mode"], entry["uid"], entry["gid"] = after.st_mode, after.st_uid, after.st_gid
-                entry["size"], entry["mtime"], entry["ctime"] = after.st_size, after.st_mtime_ns, after.st_ctime_ns
-                entry["inode"] = after.st_ino
-                return content
-        return State.WRITTEN
-
-    def _path(self, row: int) -> bytes:
-        return os.path.join(self.root, self.packed.table.path(row))
-
-    def _name(self, row: int) -> str:
-        return os.fsdecode(self._path(row))
-
-
-def _whole(descriptor: int, size: int) -> bytes:
-    """Return what a file has, as far as `size`, or one byte more if it has grown."""
-    parts, done = [], 0
-    while done <= size:
-        part = os.pread(descriptor, size + 1 - done, done)
-        if not part:
-            break
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
-
-
-def _replace(table: FileTable, replaced: dict[int, tuple[int, int]]) -> FileTable:
-    """Return a table in which some files have one extent, (place, length), or none, instead of what they had."""
-    if not replaced:
-        return table
-    owners = np.repeat(np.arange(len(table)), np.diff(table.extent_ends, prepend=0))
-    rows = np.array(sorted(replaced))
-    stay = ~np.isin(owners, rows)
-    new = [(row, *replaced[row]) for row in rows.tolist() if replaced[row][1]]
-    added = np.array([(0, length, place, BESIDE) for _row, place, length in new], EXTENT)
-    every = np.concatenate([table.extents[stay], added])
-    owner = np.concatenate([owners[stay], np.array([row for row, _place, _length in new], np.int64)])
-    order = np.lexsort((every["logical"], owner))
-    return dataclasses.replace(
-        table,
-        extents=every[order],
-        extent_ends=np.cumsum(np.bincount(owner, minlength=len(table))).astype(np.int64),
-    )
 
 
 def _describe(

@@ -56,7 +56,7 @@ def pack(walked: Walked, base: FileTable | None, base_size: int, unit: int) -> P
 
     `unit` is the size of the repository's chunks.
     """
-    rows, pieces = _own_pieces(walked)
+    rows, pieces = own_pieces(walked)
     kept_rows, kept = _kept(walked, base)
     same = ExtentSet.from_ranges(kept["place"], kept["place"] + kept["length"])
     begin = _up(same.end, unit) if same else 0
@@ -81,7 +81,7 @@ def pack(walked: Walked, base: FileTable | None, base_size: int, unit: int) -> P
     )
 
 
-def _own_pieces(walked: Walked) -> tuple[Rows, npt.NDArray[np.void]]:
+def own_pieces(walked: Walked) -> tuple[Rows, npt.NDArray[np.void]]:
     """Return the row of each piece of a file that is not a further hard link, and the pieces, adjoining ones joined."""
     rows = np.repeat(np.arange(walked.entries.size), np.diff(walked.piece_ends, prepend=0))
     own = walked.entries["link"][rows] < 0

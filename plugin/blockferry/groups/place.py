@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from blockferry.errors import VolumeError
-from blockferry.layers import Layer
 from blockferry.volume import Volume, all_mounts
 
 _ADDRESSABLE = ("ext2", "ext3", "ext4", "xfs")
@@ -59,15 +57,6 @@ class Filesystem:
         except OSError as error:
             return cls(root, kind, {}, "", f"files are read one by one: {device}: {error.strerror}")
         return cls(root, kind, volume.identity, volume.path, "")
-
-    @contextlib.contextmanager
-    def disk(self) -> Iterator[Layer | None]:
-        """Open the device for reading past the page cache; None if there is none."""
-        if not self.device:
-            yield None
-            return
-        with Volume.discover(self.device).open_data() as disk:
-            yield disk
 
 
 def _why_not(kind: str, options: frozenset[str], numbers: tuple[int, int]) -> str:

@@ -103,7 +103,7 @@ class Walker:
 
     def __exit__(self, *_exception: object) -> None:
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
 
     def walk(self, advance: Callable[[int], None] = lambda _count: None) -> Walked:
         """Return what there is; `advance` is called with how many entries were found since the last call."""
@@ -134,12 +134,13 @@ class Walker:
                 todo.extend(joined.add(found))
                 advance(found.entries.size)
 
-    def differing(self, files: Sequence[Seen]) -> list[State]:
-        """Return, for each file, whether it is still what was seen of it."""
-        if self._pool is None:
-            return self._scanner.differing(files)
-        batches = [files[place : place + _ENTRIES_AT_ONCE] for place in range(0, len(files), _ENTRIES_AT_ONCE)]
-        return [state for states in self._pool.map(_differing, batches) for state in states]
+    def look_again(self, files: Sequence[Seen]) -> Future[list[State]]:
+        """Begin to find out of each file whether it is still what was seen of it."""
+        if self._pool:
+            return self._pool.submit(_look_again, files)
+        found: Future[list[State]] = Future()
+        found.set_result(self._scanner.look_again(files))
+        return found
 
 
 class State(enum.Enum):
@@ -172,10 +173,10 @@ def _take(scanner: _Scanner) -> None:
     _scanner = scanner
 
 
-def _differing(files: Sequence[Seen]) -> list[State]:
+def _look_again(files: Sequence[Seen]) -> list[State]:
     if _scanner is None:
         raise RuntimeError("this process was not told what to walk")
-    return _scanner.differing(files)
+    return _scanner.look_again(files)
 
 
 def _scan(directories: list[tuple[int, bytes]]) -> _Fragment:
@@ -237,7 +238,7 @@ class _Scanner:
                 os.close(descriptor)
         return into.fragment()
 
-    def differing(self, files: Sequence[Seen]) -> list[State]:
+    def look_again(self, files: Sequence[Seen]) -> list[State]:
         """Return, for each file, whether it is still what was seen of it."""
         return [self._state(each) for each in files]
 
