@@ -132,6 +132,10 @@ class Quiet:
         self.total += total
         yield self._advance
 
+    @contextlib.contextmanager
+    def count(self, _name: str) -> Iterator[Advance]:
+        yield lambda _count: None
+
     def _advance(self, count: int) -> None:
         self.done += count
 
