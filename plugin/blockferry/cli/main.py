@@ -24,6 +24,8 @@ COMMANDS = {
     "show": "inspect",
     "restore": "restore",
     "verify": "restore",
+    "files": "files",
+    "mount": "mount",
     "attach": "hot",
     "serve": "serve",
     "status": "hot",
