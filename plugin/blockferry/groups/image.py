@@ -47,8 +47,11 @@ class GroupImage(BaseLayer):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer; raise VolumeError if the volume or a file fails."""
-        if offset >= self._last:
-            self._read_end(offset, buffer)
+        if offset + len(buffer) > self._last:
+            before = max(0, self._last - offset)
+            if before:
+                self.read_into(offset, buffer[:before])
+            self._read_end(offset + before, buffer[before:])
             return
         _fill(buffer, self._gaps(offset, len(buffer)))
         try:
@@ -123,33 +126,37 @@ class GroupImage(BaseLayer):
 
 
 class _Coverage:
-    """Which chunks were read, by blocks: reads may come in any order, from several threads, and twice."""
+    """Which bytes are still to be read, by chunks: reads may come in any order, from several threads, and twice."""
 
     def __init__(self, extents: ExtentSet, unit: int) -> None:
+        self._extents = extents
         self._unit = unit
-        self._whole = (1 << -(-unit // _BLOCK)) - 1
         self._left = sum(length // unit for _start, length in extents.align(unit, 1 << 62))
-        self._parts: dict[int, int] = {}
+        self._parts: dict[int, ExtentSet] = {}
+        """Of chunks that were read in part: what is left."""
         self._done: set[int] = set()
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
     def mark(self, offset: int, length: int) -> None:
         """Note that a stretch was read."""
+        end = offset + length
         with self._changed:
-            while length > 0:
-                number, within = divmod(offset, self._unit)
-                count = min(length, self._unit - within)
+            for number in range(offset // self._unit, -(-end // self._unit)):
                 if number not in self._done:
-                    first, end = -(-within // _BLOCK), -(-(within + count) // _BLOCK)
-                    part = self._parts.get(number, 0) | ((1 << end) - (1 << first))
-                    self._parts[number] = part
-                    if part == self._whole:
-                        del self._parts[number]
-                        self._done.add(number)
-                        self._left -= 1
-                offset, length = offset + count, length - count
+                    self._mark(number, offset, end)
             self._changed.notify_all()
+
+    def _mark(self, number: int, offset: int, end: int) -> None:
+        """Note what of a chunk was read. One that has nothing to be read does not count."""
+        start, stop = number * self._unit, (number + 1) * self._unit
+        before = self._parts.pop(number, None) or self._extents.clip(start, stop)
+        left = before.clip(start, offset).union(before.clip(end, stop))
+        if left:
+            self._parts[number] = left
+        elif before:
+            self._done.add(number)
+            self._left -= 1
 
     def fail(self, error: BaseException) -> None:
         """Have whoever waits fail as well."""
