@@ -17,8 +17,7 @@ import pytest
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Repository
 from commands_support import Depot, new_depot
-from groups_disks_support import Memory, assert_same, back_up, filesystem, reflink
-from volumes_support import run
+from groups_disks_support import Memory, assert_same, back_up, filesystem
 
 pytestmark = pytest.mark.root
 

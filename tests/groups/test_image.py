@@ -81,9 +81,7 @@ def expected() -> bytes:
 
 EXPECTED = expected()
 CHUNKS = [
-    place
-    for start, length in make(File()).extents.align(UNIT, SIZE)
-    for place in range(start, start + length, UNIT)
+    place for start, length in make(File()).extents.align(UNIT, SIZE) for place in range(start, start + length, UNIT)
 ]
 
 

@@ -9,28 +9,26 @@ reported. So a file is as it was at one instant, or said not to be.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import importlib.metadata
 import logging
 import os
 import socket
 import time
 
-import numpy as np
-
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
-from blockferry.errors import DamagedSnapshotError, VolumeError
-from blockferry.groups.content import PIECE, Contents
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError, VolumeError
+from blockferry.groups.again import SecondLook
+from blockferry.groups.content import Contents
 from blockferry.groups.definition import Group
-from blockferry.groups.image import GroupImage, open_row
+from blockferry.groups.image import GroupImage
 from blockferry.groups.packing import Packed, pack
 from blockferry.groups.place import Filesystem
 from blockferry.groups.scope import Scope
 from blockferry.groups.stored import read_table
-from blockferry.groups.table import BESIDE, CHANGED, EXTENT, GONE, UNREADABLE, FileTable
-from blockferry.groups.walk import Known, Seen, State, Walked, Walker, wait_out
+from blockferry.groups.table import FileTable
+from blockferry.groups.walk import Known, Walker, wait_out
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
@@ -38,8 +36,9 @@ from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_sna
 
 log = logging.getLogger(__name__)
 
-_TRIES = 3
 _MOST_TABLES = 8
+_MOST_LOOKED_AT = 16
+"""Snapshots of the same name among which one to go on from is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,26 @@ class Earlier:
     record: Record
     table: FileTable
     began: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Began:
+    """When a backup began: by the clock that files go by, in ns, and by one that is never set."""
+
+    at: int = dataclasses.field(default_factory=time.time_ns)
+    clock: float = dataclasses.field(default_factory=time.monotonic)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a backup is to do."""
+
+    group: Group
+    repository: Repository
+    scope: Scope
+    filesystem: Filesystem
+    began: _Began
+    progress: Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,32 +85,50 @@ def back_up_group(group: Group, repository: Repository, *, since: str, progress:
 
     Raise VolumeError if the root is no directory, and whatever the repository raises.
     """
-    began, began_ns = time.monotonic(), time.time_ns()
+    began = _Began()
     scope = Scope.of(group)
     filesystem = Filesystem.of(scope.root)
+    missing = list(scope.missing())
     _sync(scope.root)
     earlier, reason = find_earlier(repository, group, filesystem, since)
-    contents = Contents(addressable=filesystem.addressable, checks_flags=filesystem.checks_flags)
+    job = _Job(group, repository, scope, filesystem, began, progress)
+    try:
+        stored = _store(job, earlier, reason)
+    except (BaseUnusableError, DamagedSnapshotError) as error:
+        if not earlier:
+            raise
+        log.warning("%s; reading every file", error.message)
+        stored = _store(job, None, error.message)
+    return dataclasses.replace(stored, problems=(*missing, *stored.problems))
+
+
+def _store(job: _Job, earlier: Earlier | None, reason: str) -> GroupResult:
+    """Walk, pack and store, going on from an earlier snapshot or not."""
+    group, repository, scope, filesystem, progress = job.group, job.repository, job.scope, job.filesystem, job.progress
+    contents = Contents(
+        addressable=filesystem.addressable, checks_flags=filesystem.checks_flags, device=os.stat(scope.root).st_dev
+    )
     known = Known.of(earlier.table, earlier.began) if earlier else None
     with Walker(scope, contents, known) as walker, filesystem.disk() as disk:
         with progress.task("walk", 0) as advance:
             walked = walker.walk(advance)
-        wait_out(int(walked.entries["ctime"].max(initial=0)))
+        wait_out(walked.entries["ctime"])
         _sync(scope.root)
-        unit = repository.unit(earlier.record.size if earlier else int(walked.pieces["length"].sum()))
+        # Chunks are taken over as they are.
+        unit = earlier.record.unit if earlier else repository.unit(int(walked.pieces["length"].sum()))
         packed = pack(walked, earlier.table if earlier else None, earlier.record.size if earlier else 0, unit)
-        record = _describe(group, filesystem, packed, earlier, reason, unit, began_ns)
-        run = _Run(scope.root, walker, walked, packed)
-        image = GroupImage(packed, unit, disk, run.read_file, run.seal)
+        record = _describe(group, filesystem, packed, earlier, reason, unit, job.began.at)
+        look = SecondLook(scope.root, walker, walked, packed)
+        image = GroupImage(packed, unit, disk, look.read_file, look.seal)
         taken = packed.block_map.extents(Kind.SAME).align(unit, record.size)
         bases = [Base(earlier.snapshot, taken)] if earlier and taken else []
         work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
         with progress.task("backup", work) as advance:
             stored = repository.store(image, packed.block_map, record, bases=bases, advance=advance)
-    remember_table(stored.snapshot, run.sealed)
-    seconds = time.monotonic() - began
+    remember_table(stored.snapshot, look.sealed)
+    seconds = time.monotonic() - job.began.clock
     result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
-    return GroupResult(result, len(packed.table), (*walked.problems, *run.problems))
+    return GroupResult(result, len(packed.table), (*walked.problems, *look.problems))
 
 
 def find_earlier(
@@ -105,29 +142,26 @@ def find_earlier(
     mine = [each for each in repository.snapshots(about_to_store=True) if each.volume == group.name]
     if since != "latest":
         mine = [find(mine, since)]
-    if not mine:
-        return None, "no earlier snapshot of it is in the repository"
-    newest = mine[-1]
-    try:
-        record, _map = repository.describe(newest)
-        reason = _unfit(record, filesystem)
-        if reason or record.group is None:
-            return None, f"snapshot {newest.id} {reason}"
-        table = read_table(repository, newest, record, Remembered("groups"))
-        return Earlier(newest, record, table, int(record.group["began"])), ""
-    except (DamagedSnapshotError, KeyError, ValueError, TypeError) as error:
-        return None, f"snapshot {newest.id} cannot be gone on from: {error}"
+    reason = "" if mine else "no earlier snapshot of it is in the repository"
+    for snapshot in mine[: -_MOST_LOOKED_AT - 1 : -1]:
+        try:
+            record, _map = repository.describe(snapshot)
+            if record.group and _is_here(record, filesystem):
+                if record.group.get("wasteful"):
+                    reason = f"snapshot {snapshot.id} holds much that is not in use any more: everything is packed anew"
+                    break
+                table = read_table(repository, snapshot, record, Remembered("groups"))
+                return Earlier(snapshot, record, table, int(record.group["began"])), ""
+        except (DamagedSnapshotError, KeyError, ValueError, TypeError) as error:
+            return None, f"snapshot {snapshot.id} cannot be gone on from: {error}"
+        reason = reason or f"snapshot {snapshot.id} is of another filesystem or directory, or of a volume"
+    return None, reason
 
 
-def _unfit(record: Record, filesystem: Filesystem) -> str:
-    """Return why a backup cannot go on from a snapshot, "" if it can."""
-    if record.group is None:
-        return "is of a volume"
-    if record.identity != filesystem.identity or record.group.get("root") != os.fsdecode(filesystem.root):
-        return "is of another filesystem or directory"
-    if record.group.get("wasteful"):
-        return "holds much that is not in use any more: everything is packed anew"
-    return ""
+def _is_here(record: Record, filesystem: Filesystem) -> bool:
+    """Tell whether a snapshot is of this directory of this filesystem. Another host's group may have the same name."""
+    root = (record.group or {}).get("root")
+    return record.identity == filesystem.identity and root == os.fsdecode(filesystem.root)
 
 
 def remember_table(snapshot: Snapshot, table: bytes) -> None:
@@ -135,147 +169,6 @@ def remember_table(snapshot: Snapshot, table: bytes) -> None:
     files = Remembered("groups")
     files.put(snapshot.id, table)
     files.keep(lambda _name: True, _MOST_TABLES)
-
-
-class _Run:
-    """One backup, from the moment that its image is planned."""
-
-    def __init__(self, root: bytes, walker: Walker, walked: Walked, packed: Packed) -> None:
-        self.root = root
-        self.walker = walker
-        self.walked = walked
-        self.packed = packed
-        self.problems: list[tuple[bytes, str]] = []
-        self.sealed = b""
-
-    def read_file(self, row: int, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from a file, through the filesystem; what it lacks reads as zeros, and is seen afterwards."""
-        try:
-            descriptor = open_row(self.root, self.packed.table.path(row))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                buffer[:] = bytes(len(buffer))
-                return
-            raise VolumeError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
-        try:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    buffer[done:] = bytes(len(buffer) - done)
-                    break
-                done += count
-        except OSError as error:
-            raise VolumeError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
-
-    def seal(self) -> dict[int, bytes]:
-        """Look at every file that was read again; return what of them was read anew, and the table of all files."""
-        late, room = self.packed.late
-        fresh = bytearray()
-        table = self.packed.table
-        replaced: dict[int, tuple[int, int]] = {}
-        rows, seen = self._seen()
-        for row, state in zip(rows, self.walker.differing(seen), strict=True):
-            if state is State.SAME:
-                continue
-            again = self._again(row, room - len(fresh)) if state is not State.GONE else State.GONE
-            match again:
-                case bytes() as content:
-                    replaced[row] = (late + len(fresh), len(content))
-                    fresh += content
-                case State.GONE:
-                    table.entries["flags"][row] |= GONE
-                    replaced[row] = (0, 0)
-                case State.WRITTEN if state is State.WRITTEN:
-                    table.entries["flags"][row] |= CHANGED
-                    self.problems.append((self._path(row), "it changed while it was read"))
-                case _:
-                    table.entries["flags"][row] |= UNREADABLE
-                    table.entries["size"][row] = 0
-                    replaced[row] = (0, 0)
-                    self.problems.append((self._path(row), "it changed while it was read, and could not be read again"))
-        table = _replace(table, replaced)
-        self.sealed = table.to_bytes()
-        return {late: bytes(fresh), self.packed.table_place[0]: self.sealed}
-
-    def _seen(self) -> tuple[list[int], list[Seen]]:
-        """Return what was seen of the files that were read, with their rows."""
-        walked, entries = self.walked, self.walked.entries
-        counts = np.diff(walked.piece_ends, prepend=0)
-        rows = np.flatnonzero(counts).tolist()
-        raw = walked.pieces.tobytes()
-        ends = (walked.piece_ends * PIECE.itemsize).tolist()
-        begins = ((walked.piece_ends - counts) * PIECE.itemsize).tolist()
-        inodes, sizes, ctimes = (entries[column].tolist() for column in ("inode", "size", "ctime"))
-        paths = list(self.packed.table.paths())
-        root = self.root.rstrip(b"/") + b"/"
-        seen = [
-            Seen(root + paths[row], inodes[row], sizes[row], ctimes[row], raw[begins[row] : ends[row]]) for row in rows
-        ]
-        return rows, seen
-
-    def _again(self, row: int, room: int) -> bytes | State:
-        """Read a file anew, in one piece, and have its entry say what it is now; a State if that cannot be done."""
-        for _ in range(_TRIES):
-            try:
-                descriptor = open_row(self.root, self.packed.table.path(row))
-            except OSError:
-                return State.GONE
-            try:
-                before = os.fstat(descriptor)
-                if before.st_size > room or before.st_mode & 0o170000 != 0o100000:
-                    return State.WRITTEN
-                wait_out(before.st_ctime_ns)
-                content = _whole(descriptor, before.st_size)
-                after = os.fstat(descriptor)
-            finally:
-                os.close(descriptor)
-            if (before.st_ctime_ns, before.st_size, len(content)) == (after.st_ctime_ns, after.st_size, after.st_size):
-                entry = self.packed.table.entries[row]
-                entry["mode"], entry["uid"], entry["gid"] = after.st_mode, after.st_uid, after.st_gid
-                entry["size"], entry["mtime"], entry["ctime"] = after.st_size, after.st_mtime_ns, after.st_ctime_ns
-                entry["inode"] = after.st_ino
-                return content
-        return State.WRITTEN
-
-    def _path(self, row: int) -> bytes:
-        return os.path.join(self.root, self.packed.table.path(row))
-
-    def _name(self, row: int) -> str:
-        return os.fsdecode(self._path(row))
-
-
-def _whole(descriptor: int, size: int) -> bytes:
-    """Return what a file has, as far as `size`, or one byte more if it has grown."""
-    parts, done = [], 0
-    while done <= size:
-        part = os.pread(descriptor, size + 1 - done, done)
-        if not part:
-            break
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
-
-
-def _replace(table: FileTable, replaced: dict[int, tuple[int, int]]) -> FileTable:
-    """Return a table in which some files have one extent, (place, length), or none, instead of what they had."""
-    if not replaced:
-        return table
-    owners = np.repeat(np.arange(len(table)), np.diff(table.extent_ends, prepend=0))
-    rows = np.array(sorted(replaced))
-    stay = ~np.isin(owners, rows)
-    new = [(row, *replaced[row]) for row in rows.tolist() if replaced[row][1]]
-    added = np.array([(0, length, place, BESIDE) for _row, place, length in new], EXTENT)
-    every = np.concatenate([table.extents[stay], added])
-    owner = np.concatenate([owners[stay], np.array([row for row, _place, _length in new], np.int64)])
-    order = np.lexsort((every["logical"], owner))
-    return dataclasses.replace(
-        table,
-        extents=every[order],
-        extent_ends=np.cumsum(np.bincount(owner, minlength=len(table))).astype(np.int64),
-    )
 
 
 def _describe(
@@ -321,8 +214,14 @@ def _describe(
 
 def _sync(root: bytes) -> None:
     """Write out everything dirty of the filesystem that a directory is on."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        kernel.syncfs(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            kernel.syncfs(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise VolumeError(
+            f"{os.fsdecode(root)}: what was written last cannot be written out: {error.strerror}",
+            remedy="Look at the kernel log: the disk may be failing, or full.",
+        ) from None

@@ -8,6 +8,7 @@ import os
 import struct
 
 import numpy as np
+import numpy.typing as npt
 
 from blockferry.groups.table import BESIDE
 
@@ -25,13 +26,15 @@ _HEAD = struct.Struct("=QQIIII")
 _FOUND = struct.Struct("=QQQ16xI12x")
 _PIECE = struct.Struct("=qqq")
 _END = (1 << 64) - 1
+_HOLE = -2
 
 
 class Contents:
     """Asks for the pieces of files. `addressable`: what the filesystem says is where the device has the bytes."""
 
-    def __init__(self, *, addressable: bool, checks_flags: bool) -> None:
-        """`checks_flags`: single files may be kept in a way of their own, as on ext4."""
+    def __init__(self, *, addressable: bool, checks_flags: bool, device: int) -> None:
+        """`checks_flags`: single files may be kept in a way of their own, as on ext4; `device`: st_dev of all this."""
+        self.device = device
         self.addressable = addressable
         self.checks_flags = checks_flags
         self.mapped = True
@@ -46,22 +49,27 @@ class Contents:
         except PermissionError:  # O_NOATIME is for the owner
             return os.open(name, flags, dir_fd=directory)
 
-    def pieces(self, descriptor: int, size: int) -> bytes:
-        """Return the pieces, PIECE each, of an open file that has so many bytes; what was never written is left out."""
+    def pieces(self, descriptor: int, facts: os.stat_result) -> bytes:
+        """Return the pieces, PIECE each, of an open file, given what it is; what was never written is left out.
+
+        ext4, XFS and btrfs answer when a write that is under way is over.
+        """
+        own = facts.st_dev == self.device
         if self.mapped:
             try:
-                return self._mapped(descriptor, size)
+                return self._mapped(descriptor, facts.st_size, own=own)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                     raise
-                self.mapped = False
-        return _data(descriptor, size)
+                # What is mounted over a single file says nothing of the others.
+                self.mapped = not own
+        return _data(descriptor, facts.st_size)
 
-    def _mapped(self, descriptor: int, size: int) -> bytes:
+    def _mapped(self, descriptor: int, size: int, *, own: bool) -> bytes:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
         found = bytearray()
         start, last, buffer = 0, False, self._buffer
-        plain = self.addressable and not (self.checks_flags and self._encoded(descriptor))
+        plain = own and self.addressable and not (self.checks_flags and self._encoded(descriptor))
         while not last:
             _HEAD.pack_into(buffer, 0, start, _END - start, 0, 0, _ROOM, 0)
             fcntl.ioctl(descriptor, _FIEMAP, buffer)
@@ -96,5 +104,31 @@ def _data(descriptor: int, size: int) -> bytes:
             if error.errno == errno.ENXIO:
                 break
             start, place = place, size
-        found += _PIECE.pack(start, BESIDE, min(place, size) - start)
+        if start < size:  # it may have grown meanwhile
+            found += _PIECE.pack(start, BESIDE, min(place, size) - start)
     return bytes(found)
+
+
+def compare(then: bytes, now: bytes) -> tuple[bool, bool]:
+    """Tell of a file's pieces, as they were found twice, whether the same bytes of it were ever written, and whether
+    those that were read by their place on the disk still lie there.
+    """
+    if then == now:
+        return True, True
+    both = [np.frombuffer(each, PIECE) for each in (then, now)]
+    edges = np.unique(np.concatenate([np.append(each["logical"], each["logical"] + each["length"]) for each in both]))
+    before, after = (_addresses(each, edges[:-1]) for each in both)
+    stays = (before == after) | (before == BESIDE) | (before == _HOLE)
+    return bool(((before == _HOLE) == (after == _HOLE)).all()), bool(stays.all())
+
+
+def _addresses(pieces: npt.NDArray[np.void], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the address of each place in a file."""
+    found = np.full(places.size, _HOLE, np.int64)
+    if pieces.size:
+        which = (np.searchsorted(pieces["logical"], places, side="right") - 1).clip(0)
+        within = places - pieces["logical"][which]
+        has = (within >= 0) & (within < pieces["length"][which])
+        address = pieces["address"][which]
+        found[has] = np.where(address == BESIDE, BESIDE, address + within)[has]
+    return found

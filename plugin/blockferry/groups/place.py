@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,8 @@ class Filesystem:
         name = os.fsdecode(root)
         try:
             facts = os.stat(root)
+            if not stat.S_ISDIR(facts.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         except OSError as error:
             raise VolumeError(f"{name}: {error.strerror}", remedy="Check the group's volume and paths.") from None
         numbers = (os.major(facts.st_dev), os.minor(facts.st_dev))

@@ -19,12 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from blockferry.groups.content import PIECE, Contents
+from blockferry.groups.content import PIECE, Contents, compare
 from blockferry.groups.table import ENTRY, GONE, UNREADABLE, FileTable, pack_attributes
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ log = logging.getLogger(__name__)
 _PROCESSES = min(4, os.cpu_count() or 1)
 _ENTRIES_AT_ONCE = 8192
 _DIRECTORIES_AT_ONCE = 32
-_RECENT = 50_000_000
-"""ns in which a file may change again and keep its time: more than a tick of any kernel's coarse clock."""
+_RECENT, _COARSE = 50_000_000, 2_050_000_000
+"""ns in which a file may change again and keep its time: more than a tick of any kernel's coarse clock; and where
+times are whole seconds (ext4 with small inodes, ext3), or every second one (FAT)."""
 
 Rows = npt.NDArray[np.int64]
+_Item = TypeVar("_Item")
 
 
 @dataclasses.dataclass
@@ -66,8 +68,8 @@ class Known:
     inodes: npt.NDArray[np.uint64]
     rows: Rows
     table: FileTable
-    before: int
-    """ns: a file that changed later than this may have changed again within the same tick of the clock."""
+    began: int
+    """ns: a file that changed a tick of the clock before this, or later, may have changed again since it was read."""
 
     @classmethod
     def of(cls, table: FileTable, began: int) -> Known:
@@ -76,7 +78,7 @@ class Known:
         usable = (entries["flags"] == 0) & (entries["link"] < 0)
         rows = np.flatnonzero(usable).astype(np.int64)
         order = np.argsort(entries["inode"][rows], kind="stable")
-        return cls(entries["inode"][rows][order], rows[order], table, began - _RECENT)
+        return cls(entries["inode"][rows][order], rows[order], table, began)
 
     def find(self, entries: npt.NDArray[np.void]) -> Rows:
         """Return for each entry its row in the snapshot, -1 for what is new or may have changed."""
@@ -85,7 +87,7 @@ class Known:
         place = np.searchsorted(self.inodes, entries["inode"]).clip(0, self.inodes.size - 1)
         rows = self.rows[place]
         then = self.table.entries[rows]
-        same = (self.inodes[place] == entries["inode"]) & (entries["ctime"] < self.before)
+        same = (self.inodes[place] == entries["inode"]) & (entries["ctime"] + _tick(entries["ctime"]) < self.began)
         for column in ("mode", "size", "ctime", "mtime"):
             same &= then[column] == entries[column]
         return np.where(same, rows, -1)
@@ -134,12 +136,22 @@ class Walker:
                 todo.extend(joined.add(found))
                 advance(found.entries.size)
 
-    def differing(self, files: Sequence[Seen]) -> list[State]:
-        """Return, for each file, whether it is still what was seen of it."""
-        if self._pool is None:
-            return self._scanner.differing(files)
-        batches = [files[place : place + _ENTRIES_AT_ONCE] for place in range(0, len(files), _ENTRIES_AT_ONCE)]
-        return [state for states in self._pool.map(_differing, batches) for state in states]
+    def pieces(self, descriptor: int, facts: os.stat_result) -> bytes:
+        """Return the pieces of an open file as they are now."""
+        return self._scanner.contents.pieces(descriptor, facts)
+
+    def differing(self, files: Iterator[Seen]) -> Iterator[State]:
+        """Yield, for each file, whether it is still what was seen of it."""
+        running: deque[Future[list[State]]] = deque()
+        for batch in _batches(files, _ENTRIES_AT_ONCE):
+            if self._pool is None:
+                yield from self._scanner.differing(batch)
+                continue
+            running.append(self._pool.submit(_differing, batch))
+            if len(running) > 2 * _PROCESSES:
+                yield from running.popleft().result()
+        for each in running:
+            yield from each.result()
 
 
 class State(enum.Enum):
@@ -147,7 +159,7 @@ class State(enum.Enum):
 
     SAME = enum.auto()
     WRITTEN = enum.auto()
-    """It changed, and lies where it lay."""
+    """It changed; what was read of it lies where it lay."""
     MOVED = enum.auto()
     """What was at its place may be of another file by now."""
     GONE = enum.auto()
@@ -224,9 +236,9 @@ class _Scanner:
         into = _Collector(self)
         for row, path in directories:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(path, _DIRECTORY if path != self.scope.root else _DIRECTORY & ~os.O_NOFOLLOW)
             except OSError as error:
-                if error.errno not in _GONE:
+                if error.errno not in GONE_ERRORS:
                     into.problems.append((path, _reason(error)))
                 continue
             try:
@@ -234,6 +246,7 @@ class _Scanner:
             except OSError as error:
                 into.problems.append((path, _reason(error)))
             finally:
+                into.finish(path, descriptor)
                 os.close(descriptor)
         return into.fragment()
 
@@ -246,14 +259,16 @@ class _Scanner:
         try:
             descriptor = self.contents.open(seen.path, None)
         except OSError as error:
-            return State.GONE if error.errno in _GONE else State.MOVED
+            return State.GONE if error.errno in GONE_ERRORS else State.MOVED
         try:
             facts = os.fstat(descriptor)
             if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
                 return State.MOVED
-            if self.contents.pieces(descriptor, facts.st_size) != seen.pieces:
+            same_bytes, same_places = compare(seen.pieces, self.contents.pieces(descriptor, facts))
+            if not same_places:
                 return State.MOVED
-            return State.SAME if (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size) else State.WRITTEN
+            untouched = (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size)
+            return State.SAME if untouched and same_bytes else State.WRITTEN
         except OSError:
             return State.MOVED
         finally:
@@ -285,7 +300,7 @@ class _Scanner:
         try:
             facts = entry.stat(follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE_ERRORS:
                 into.problems.append((path, _reason(error)))
             return
         number = into.add(name, facts, row)
@@ -293,7 +308,8 @@ class _Scanner:
             into.directories.append((number, path))
 
 
-_GONE = {errno.ENOENT, errno.ENOTDIR}
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+GONE_ERRORS = {errno.ENOENT, errno.ENOTDIR}
 """It was there a moment ago."""
 
 
@@ -333,7 +349,8 @@ class _Collector:
                 facts.st_rdev,
             )
         )
-        self.links.append(facts.st_nlink)
+        # Another filesystem's file, mounted over one of these, may have the number of any.
+        self.links.append(facts.st_nlink if facts.st_dev == self.scanner.device else 1)
         self.names.append(name)
         return len(self.names) - 1
 
@@ -353,7 +370,7 @@ class _Collector:
             try:
                 counts[number] = self._look(entries, number, path, names[number], descriptor)
             except OSError as error:
-                gone = error.errno in _GONE
+                gone = error.errno in GONE_ERRORS
                 entries["flags"][number] |= GONE if gone else UNREADABLE
                 if not gone:
                     self.problems.append((path, _reason(error)))
@@ -379,15 +396,15 @@ class _Collector:
                 facts = os.fstat(opened)
                 if (facts.st_ino, facts.st_ctime_ns) != (int(entries["inode"][number]), int(entries["ctime"][number])):
                     # Replaced or written a moment ago: as it is now.
-                    _update(entries[number], facts)
-                found = self.scanner.contents.pieces(opened, facts.st_size)
+                    update(entries[number : number + 1], facts)
+                found = self.scanner.contents.pieces(opened, facts)
                 self.pieces += found
                 count = len(found) // PIECE.itemsize
-                attributes = _attributes(opened)
+                attributes = attributes_of(opened)
             finally:
                 os.close(opened)
         else:
-            attributes = _attributes(path)
+            attributes = attributes_of(path)
         if attributes:
             entries["attributes"][number] = self._text(pack_attributes(attributes))
         return count
@@ -478,8 +495,8 @@ def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
     entries["link"][order[further]] = firsts[further]
 
 
-def _update(entry: np.void, facts: os.stat_result) -> None:
-    """Have an entry say what is known of a file now."""
+def update(entry: npt.NDArray[np.void], facts: os.stat_result) -> None:
+    """Have an entry, an array of one, say what is known of a file now."""
     if not stat.S_ISREG(facts.st_mode):
         raise FileNotFoundError(errno.ENOENT, "it was replaced by something else")
     entry["mode"], entry["uid"], entry["gid"] = facts.st_mode, facts.st_uid, facts.st_gid
@@ -487,7 +504,7 @@ def _update(entry: np.void, facts: os.stat_result) -> None:
     entry["inode"] = facts.st_ino
 
 
-def _attributes(place: int | bytes) -> dict[bytes, bytes]:
+def attributes_of(place: int | bytes) -> dict[bytes, bytes]:
     """Return the extended attributes of an open file or, not followed, of a path."""
     try:
         names = os.listxattr(place) if isinstance(place, int) else os.listxattr(place, follow_symlinks=False)
@@ -503,13 +520,23 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _batches(listed: Iterator[os.DirEntry[str]], count: int) -> Iterator[list[os.DirEntry[str]]]:
+def _batches(listed: Iterator[_Item], count: int) -> Iterator[list[_Item]]:
     while some := list(itertools.islice(listed, count)):
         yield some
 
 
-def wait_out(newest: int) -> None:
-    """Wait until nothing that changes from now on can have a time of change that was seen already; `newest` in ns."""
-    left = newest + _RECENT - time.time_ns()
-    if 0 < left <= _RECENT:
-        time.sleep(left / 1e9)
+def wait_out(times: Rows) -> None:
+    """Wait until nothing that changes from now on can have one of these times of change, in ns.
+
+    What the clock has not come to by far is not waited for: it was set back, and a change has another time.
+    """
+    now = time.time_ns()
+    near = times[np.abs(times - now) < _tick(times)]
+    if near.size:
+        time.sleep(max(0, int((near + _tick(near)).max()) - now) / 1e9)
+
+
+def _tick(times: Rows) -> Rows:
+    """Return within which time of each of these another change may look like the same."""
+    ticks: Rows = np.where(times % 10**9, _RECENT, _COARSE)
+    return ticks
