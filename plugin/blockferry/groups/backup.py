@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import logging
 import os
@@ -24,10 +23,10 @@ import pluggy
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
-from blockferry.errors import DamagedSnapshotError, VolumeError
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.groups.definition import Group
-from blockferry.groups.image import GroupImage, open_row
+from blockferry.groups.image import GroupImage
 from blockferry.groups.packing import Packed, pack
 from blockferry.groups.place import Filesystem
 from blockferry.groups.scope import Scope
@@ -47,6 +46,8 @@ from blockferry.state import locked
 log = logging.getLogger(__name__)
 
 _MOST_TABLES = 8
+_MOST_LOOKED_AT = 16
+"""Snapshots of the same name among which one to go on from is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,45 +88,130 @@ def back_up_groups(
     """
     with contextlib.ExitStack() as held:
         begun = [held.enter_context(_begin(manager, *each, since, progress)) for each in wanted]
-        disk = held.enter_context(_disk(begun))
-        for each in begun:
-            yield each.store(disk, progress)
+        planned = [held.enter_context(job.planned(*earlier)) for job, earlier in begun]
+        disk = held.enter_context(_disk(planned))
+        for (job, (earlier, _reason)), each in zip(begun, planned, strict=True):
+            try:
+                yield each.store(disk)
+            except (BaseUnusableError, DamagedSnapshotError) as error:
+                if earlier is None:
+                    raise
+                log.warning("%s; reading every file", error.message)
+                with job.planned(None, error.message) as whole, _disk([whole]) as own:
+                    yield whole.store(own)
 
 
 @contextlib.contextmanager
 def _begin(
     manager: pluggy.PluginManager, group: Group, repository: Repository, since: str, progress: Progress
-) -> Iterator[_Begun]:
-    """Walk a group, and plan its image."""
-    began, started = time.time_ns(), time.monotonic()
+) -> Iterator[tuple[_Job, tuple[Earlier | None, str]]]:
+    """Begin the backup of a group; give what it is to do, and what it goes on from, or why from nothing."""
     scope = Scope.of(group)
     filesystem = Filesystem.of(manager, scope.root)
-    snapshot, created = new_snapshot_id(), now()
-    tracking = Tracking.of(manager, filesystem, group)
+    snapshot, created, tracking = new_snapshot_id(), now(), Tracking.of(manager, filesystem, group)
     with (
         locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"),
         tracking.begun(snapshot, created, repository) as checkpoints,
     ):
+        named = {"snapshot": snapshot, "created": created, "checkpoints": checkpoints}
+        job = _Job(group, repository, scope, filesystem, tracking, named, progress)
         _sync(scope.root)
-        earlier, reason = find_earlier(repository, group, filesystem, since)
+        yield job, find_earlier(repository, group, filesystem, since)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the backup of one group is to do."""
+
+    group: Group
+    repository: Repository
+    scope: Scope
+    filesystem: Filesystem
+    tracking: Tracking
+    named: dict[str, Any]
+    """What the record says of the snapshot itself."""
+    progress: Progress
+    began: int = dataclasses.field(default_factory=time.time_ns)
+    """By the clock that files go by."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def planned(self, earlier: Earlier | None, reason: str) -> Iterator[_Plan]:
+        """Walk the group, and plan its image; going on from an earlier snapshot, or not, and why not."""
         known = Known.of(earlier.table, earlier.began) if earlier else None
-        with Walker(scope, filesystem.contents, known) as walker:
-            with progress.count("files and directories") as advance:
+        with Walker(self.scope, self.filesystem.contents, known) as walker:
+            with self.progress.count("files and directories") as advance:
                 walked = walker.walk(advance)
-            size = earlier.record.size if earlier else 0
-            unit = earlier.record.unit if earlier else repository.unit(int(walked.pieces["length"].sum()))
             # What was written before a file was seen is on the disk, and known to a tracker, from here on; what is
             # written later changes the file's time.
-            wait_out(int(walked.entries["ctime"].max(initial=0)))
-            _sync(scope.root)
-            unchanged = tracking.unchanged(earlier.record) if earlier else None
+            wait_out(walked.entries["ctime"])
+            _sync(self.scope.root)
+            unchanged = self.tracking.unchanged(earlier.record) if earlier else None
+            # Chunks are taken over as they are: the size of the base's is ours.
+            unit = earlier.record.unit if earlier else self.repository.unit(int(walked.pieces["length"].sum()))
+            size = earlier.record.size if earlier else 0
             packed = pack(walked, earlier.table if earlier else None, size, unit, unchanged)
-            record = _describe(group, filesystem, packed, earlier, reason, unit, began)
-            record = dataclasses.replace(
-                record, snapshot=snapshot, created=created, checkpoints=checkpoints, tracker=tracking.method
-            )
-            took = time.monotonic() - started
-            yield _Begun(scope, filesystem, repository, walker, walked, packed, record, earlier, took)
+            yield _Plan(self, walker, walked, packed, self._record(packed, earlier, reason, unit), earlier)
+
+    def _record(self, packed: Packed, earlier: Earlier | None, reason: str, unit: int) -> Record:
+        """Return the record of the snapshot that is about to be stored."""
+        filesystem, table = self.filesystem, packed.table
+        return Record(
+            **self.named,
+            host=socket.gethostname(),
+            volume=self.group.name,
+            path=os.fsdecode(filesystem.root),
+            size=packed.block_map.size,
+            block_size=4096,
+            filesystem=filesystem.type,
+            identity=filesystem.identity,
+            tier=Tier.CHANGED if earlier else Tier.USED,
+            tier_reason="; ".join(filter(None, (reason, filesystem.reason))),
+            method="extents of files" if filesystem.volume else "reading files",
+            stability=Stability.LIVE,
+            freeze="looking at each file again after it was read",
+            unit=unit,
+            bytes_used=int(table.extents["length"].sum()),
+            bytes_changed=packed.read.total,
+            base=earlier.snapshot.id if earlier else None,
+            tracker=self.tracking.method if earlier else "",
+            group={
+                **self.group.as_json(),
+                "table": list(packed.table_place),
+                "entries": len(table),
+                "began": self.began,
+                "wasteful": packed.wasteful,
+            },
+            blockferry=importlib.metadata.version("blockferry"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A group that was walked, and whose image is planned."""
+
+    job: _Job
+    walker: Walker
+    walked: Walked
+    packed: Packed
+    record: Record
+    earlier: Earlier | None
+
+    def store(self, disk: Layer | None) -> GroupResult:
+        """Store the group, of which `disk` has the content that has an address."""
+        job, record, packed = self.job, self.record, self.packed
+        look = SecondLook(job.scope.root, self.walker, self.walked, packed)
+        image = GroupImage(packed, record.unit, disk, look.read_file, look.seal, look.was_read)
+        taken = packed.block_map.extents(Kind.SAME).align(record.unit, record.size)
+        bases = [Base(self.earlier.snapshot, taken)] if self.earlier and taken else []
+        work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
+        with job.progress.task("backup", work) as advance:
+            stored = job.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
+        remember_table(stored.snapshot, look.sealed)
+        seconds = time.monotonic() - job.started
+        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
+        problems = (*job.scope.missing(), *self.walked.problems, *look.problems)
+        return GroupResult(result, len(packed.table), problems)
 
 
 def back_up_group(
@@ -138,14 +224,14 @@ def back_up_group(
 
 
 @contextlib.contextmanager
-def _disk(begun: Sequence[_Begun]) -> Iterator[Layer | None]:
+def _disk(planned: Sequence[_Plan]) -> Iterator[Layer | None]:
     """Open the device; what several groups have is read by way of the page cache, and so once."""
-    volume = begun[0].filesystem.volume
+    volume = planned[0].job.filesystem.volume
     if volume is None:
         yield None
         return
     seen, shared = ExtentSet.empty(), ExtentSet.empty()
-    for each in begun:
+    for each in planned:
         runs = each.packed.runs[each.packed.runs["address"] != BESIDE]
         mine = ExtentSet.from_ranges(runs["address"], runs["address"] + runs["length"])
         shared = shared.union(seen.intersection(mine))
@@ -168,65 +254,6 @@ class Shared(BaseLayer):
         (self._cached if often else self._disk).read_into(offset, buffer)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Begun:
-    """One group's backup, walked and planned."""
-
-    scope: Scope
-    filesystem: Filesystem
-    repository: Repository
-    walker: Walker
-    walked: Walked
-    packed: Packed
-    record: Record
-    earlier: Earlier | None
-    seconds: float
-    """What it took so far."""
-
-    def store(self, disk: Layer | None, progress: Progress) -> GroupResult:
-        """Store the group, of which `disk` has the content that has an address."""
-        began = time.monotonic()
-        record, packed = self.record, self.packed
-        look = SecondLook(self.scope.root, self.walker, self.walked, packed)
-        tables: list[bytes] = []
-
-        def seal() -> dict[int, bytes]:
-            fresh, table = look.finish()
-            tables.append(table.to_bytes())
-            return {packed.late[0]: fresh, packed.table_place[0]: tables[0]}
-
-        image = GroupImage(packed, record.unit, disk, self._read_file, seal, look.was_read)
-        taken = packed.block_map.extents(Kind.SAME).align(record.unit, record.size)
-        bases = [Base(self.earlier.snapshot, taken)] if self.earlier and taken else []
-        work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
-        with progress.task("backup", work) as advance:
-            stored = self.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
-        remember_table(stored.snapshot, tables[0])
-        seconds = self.seconds + time.monotonic() - began
-        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
-        return GroupResult(result, len(packed.table), (*self.walked.problems, *look.problems))
-
-    def _read_file(self, row: int, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from a file, through the filesystem; what it lacks reads as zeros, and is seen afterwards."""
-        path = self.packed.table.path(row)
-        try:
-            descriptor = open_row(self.scope.root, path)
-            try:
-                done = 0
-                while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
-                    done += count
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
-                raise VolumeError(
-                    f"{os.fsdecode(path)}: cannot be read: {error.strerror}",
-                    remedy="Look at the kernel log: the disk may be failing. A pattern leaves out a file that is lost.",
-                ) from None
-            done = 0
-        buffer[done:] = bytes(len(buffer) - done)
-
-
 def find_earlier(
     repository: Repository, group: Group, filesystem: Filesystem, since: str
 ) -> tuple[Earlier | None, str]:
@@ -238,29 +265,26 @@ def find_earlier(
     mine = [each for each in repository.snapshots(about_to_store=True) if each.volume == group.name]
     if since != "latest":
         mine = [find(mine, since)]
-    if not mine:
-        return None, "no earlier snapshot of it is in the repository"
-    newest = mine[-1]
-    try:
-        record, _map = repository.describe(newest)
-        reason = _unfit(record, filesystem)
-        if reason or record.group is None:
-            return None, f"snapshot {newest.id} {reason}"
-        table = read_table(repository, newest, record, Remembered("groups"))
-        return Earlier(newest, record, table, int(record.group["began"])), ""
-    except (DamagedSnapshotError, KeyError, ValueError, TypeError) as error:
-        return None, f"snapshot {newest.id} cannot be gone on from: {error}"
+    reason = "" if mine else "no earlier snapshot of it is in the repository"
+    for snapshot in mine[: -_MOST_LOOKED_AT - 1 : -1]:
+        try:
+            record, _map = repository.describe(snapshot)
+            if record.group and _is_here(record, filesystem):
+                if record.group.get("wasteful"):
+                    reason = f"snapshot {snapshot.id} holds much that is not in use any more: everything is packed anew"
+                    break
+                table = read_table(repository, snapshot, record, Remembered("groups"))
+                return Earlier(snapshot, record, table, int(record.group["began"])), ""
+        except (DamagedSnapshotError, KeyError, ValueError, TypeError) as error:
+            return None, f"snapshot {snapshot.id} cannot be gone on from: {error}"
+        reason = reason or f"snapshot {snapshot.id} is of another filesystem or directory, or of a volume"
+    return None, reason
 
 
-def _unfit(record: Record, filesystem: Filesystem) -> str:
-    """Return why a backup cannot go on from a snapshot, "" if it can."""
-    if record.group is None:
-        return "is of a volume"
-    if record.identity != filesystem.identity or record.group.get("root") != os.fsdecode(filesystem.root):
-        return "is of another filesystem or directory"
-    if record.group.get("wasteful"):
-        return "holds much that is not in use any more: everything is packed anew"
-    return ""
+def _is_here(record: Record, filesystem: Filesystem) -> bool:
+    """Tell whether a snapshot is of this directory of this filesystem. Another host's group may have the same name."""
+    root = (record.group or {}).get("root")
+    return record.identity == filesystem.identity and root == os.fsdecode(filesystem.root)
 
 
 def remember_table(snapshot: Snapshot, table: bytes) -> None:
@@ -268,47 +292,6 @@ def remember_table(snapshot: Snapshot, table: bytes) -> None:
     files = Remembered("groups")
     files.put(snapshot.id, table)
     files.keep(lambda _name: True, _MOST_TABLES)
-
-
-def _describe(
-    group: Group,
-    filesystem: Filesystem,
-    packed: Packed,
-    earlier: Earlier | None,
-    reason: str,
-    unit: int,
-    began: int,
-) -> Record:
-    """Return the record of a snapshot that is about to be stored."""
-    table = packed.table
-    return Record(
-        snapshot="",
-        created="",
-        host=socket.gethostname(),
-        volume=group.name,
-        path=os.fsdecode(filesystem.root),
-        size=packed.block_map.size,
-        block_size=4096,
-        filesystem=filesystem.type,
-        identity=filesystem.identity,
-        tier=Tier.CHANGED if earlier else Tier.USED,
-        tier_reason="; ".join(filter(None, (reason, filesystem.reason))),
-        method="extents of files" if filesystem.volume else "reading files",
-        stability=Stability.LIVE,
-        freeze="looking at each file again after it was read",
-        unit=unit,
-        bytes_used=int(table.extents["length"].sum()),
-        bytes_changed=packed.read.total,
-        base=earlier.snapshot.id if earlier else None,
-        group={
-            **group.as_json(),
-            "table": list(packed.table_place),
-            "entries": len(table),
-            "began": began,
-            "wasteful": packed.wasteful,
-        },
-        blockferry=importlib.metadata.version("blockferry"),
-    )
 
 
 def _sync(root: bytes) -> None:

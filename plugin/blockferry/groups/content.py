@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from blockferry.groups.table import BESIDE
 
@@ -25,13 +26,18 @@ _FOUND = struct.Struct("=QQQ16xI12x")
 _MAPPED, _MAPPED_AT = struct.Struct("=I"), 20
 _PIECE = struct.Struct("=qqq")
 _END = (1 << 64) - 1
+_HOLE = -2
 
 
 class Contents:
     """Asks for the pieces of files."""
 
-    def __init__(self, *, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
-        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`."""
+    def __init__(self, *, device: int, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
+        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`.
+
+        `device` is what stat(2) says that all of this is on.
+        """
+        self.device = device
         self.addressable = addressable
         self.otherwise = otherwise
         self.mapped = True
@@ -46,26 +52,28 @@ class Contents:
         except PermissionError:  # O_NOATIME is for the owner
             return os.open(name, flags, dir_fd=directory)
 
-    def pieces(self, descriptor: int, size: int, into: bytearray) -> int:
+    def pieces(self, descriptor: int, size: int, into: bytearray, *, own: bool = True) -> int:
         """Append the pieces, PIECE each, of an open file that has so many bytes; return how many there are.
 
-        What was never written is left out. Raise OSError; FileNotFoundError for what is no regular file.
+        What was never written is left out. `own`: it is not of another filesystem, mounted over a file of this one.
+        ext4, XFS and btrfs answer when a write that is under way is over. Raise OSError; FileNotFoundError for what is
+        no regular file.
         """
         if self.mapped:
             try:
-                return self._mapped(descriptor, size, into)
+                return self._mapped(descriptor, size, into, own)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                     raise
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise FileNotFoundError(errno.ENOENT, "it was replaced by something else") from None
-                self.mapped = False
+                self.mapped = not own  # one from elsewhere says nothing of the others
         return _data(descriptor, size, into)
 
-    def _mapped(self, descriptor: int, size: int, into: bytearray) -> int:
+    def _mapped(self, descriptor: int, size: int, into: bytearray, own: bool) -> int:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
         start, found, last, buffer = 0, 0, False, self._buffer
-        plain = self.addressable and not (self.otherwise and self.otherwise(descriptor))
+        plain = own and self.addressable and not (self.otherwise and self.otherwise(descriptor))
         while not last:
             _HEAD.pack_into(buffer, 0, start, _END - start, 0, 0, _ROOM, 0)
             fcntl.ioctl(descriptor, _FIEMAP, buffer)
@@ -99,6 +107,32 @@ def _data(descriptor: int, size: int, into: bytearray) -> int:
             if error.errno == errno.ENXIO:
                 break
             start, place = place, size
-        into += _PIECE.pack(start, BESIDE, min(place, size) - start)
-        found += 1
+        if start < size:  # it may have grown meanwhile
+            into += _PIECE.pack(start, BESIDE, min(place, size) - start)
+            found += 1
+    return found
+
+
+def compare(then: bytes, now: bytes) -> tuple[bool, bool]:
+    """Tell of a file's pieces, as they were found twice, whether the same bytes of it were ever written, and whether
+    those that were read by their place on the disk still lie there.
+    """
+    if then == now:
+        return True, True
+    both = [np.frombuffer(each, PIECE) for each in (then, now)]
+    edges = np.unique(np.concatenate([np.append(each["logical"], each["logical"] + each["length"]) for each in both]))
+    before, after = (_addresses(each, edges[:-1]) for each in both)
+    stays = (before == after) | (before == BESIDE) | (before == _HOLE)
+    return bool(((before == _HOLE) == (after == _HOLE)).all()), bool(stays.all())
+
+
+def _addresses(pieces: npt.NDArray[np.void], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the address of each place in a file."""
+    found = np.full(places.size, _HOLE, np.int64)
+    if pieces.size:
+        which = (np.searchsorted(pieces["logical"], places, side="right") - 1).clip(0)
+        within = places - pieces["logical"][which]
+        has = (within >= 0) & (within < pieces["length"][which])
+        address = pieces["address"][which]
+        found[has] = np.where(address == BESIDE, BESIDE, address + within)[has]
     return found

@@ -40,7 +40,7 @@ class GroupImage(BaseLayer):
         disk: Layer | None,
         read_file: ReadFile,
         seal: Seal,
-        was_read: Callable[[int], None],
+        was_read: Callable[[int], object] = lambda _place: None,
     ) -> None:
         """`unit` is the size of the chunks in which the image will be read, each whole and once; `disk` the volume.
 
@@ -147,16 +147,17 @@ class GroupImage(BaseLayer):
 
 
 class _Coverage:
-    """Which chunks were read, by blocks: reads may come in any order, from several threads, and twice."""
+    """Which bytes are still to be read, by chunks: reads may come in any order, from several threads, and twice."""
 
     def __init__(self, extents: ExtentSet, unit: int) -> None:
         self._unit = unit
-        self._whole = (1 << -(-unit // _BLOCK)) - 1
         chunks = extents.align(unit, 1 << 62)
+        self._extents = extents
         self._left = chunks.total // unit
         self._front = int(chunks.starts[0]) // unit if chunks else 0
         """The first chunk that was not read."""
-        self._parts: dict[int, int] = {}
+        self._parts: dict[int, ExtentSet] = {}
+        """Of chunks that were read in part: what is left."""
         self._done: set[int] = set()
         """Those behind it that were."""
         self._failure: BaseException | None = None
@@ -164,25 +165,28 @@ class _Coverage:
 
     def mark(self, offset: int, length: int) -> int:
         """Note that a stretch was read; return up to where all was."""
+        end = offset + length
         with self._changed:
-            while length > 0:
-                number, within = divmod(offset, self._unit)
-                count = min(length, self._unit - within)
+            for number in range(offset // self._unit, -(-end // self._unit)):
                 if number >= self._front and number not in self._done:
-                    first, end = -(-within // _BLOCK), -(-(within + count) // _BLOCK)
-                    part = self._parts.pop(number, 0) | ((1 << end) - (1 << first))
-                    if part == self._whole:
-                        self._done.add(number)
-                        self._left -= 1
-                    else:
-                        self._parts[number] = part
-                offset, length = offset + count, length - count
+                    self._mark(number, offset, end)
             while self._front in self._done:
                 self._done.remove(self._front)
                 self._front += 1
             if self._left <= 0:
                 self._changed.notify_all()
             return self._front * self._unit
+
+    def _mark(self, number: int, offset: int, end: int) -> None:
+        """Note what of a chunk was read. One that has nothing to be read does not count."""
+        start, stop = number * self._unit, (number + 1) * self._unit
+        before = self._parts.pop(number, None) or self._extents.clip(start, stop)
+        left = before.clip(start, offset).union(before.clip(end, stop))
+        if left:
+            self._parts[number] = left
+        elif before:
+            self._done.add(number)
+            self._left -= 1
 
     def fail(self, error: BaseException) -> None:
         """Have whoever waits fail as well."""

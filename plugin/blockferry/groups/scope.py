@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 from collections.abc import Iterator
 
 from blockferry.groups.definition import Group
@@ -38,6 +39,19 @@ class Scope:
         below = path[len(self.root) :].lstrip(b"/")
         found = self.group.rules.verdict(os.fsdecode(below))
         return found is Verdict.INCLUDE, found is not Verdict.EXCLUDE_NO_RECURSE
+
+    def missing(self) -> Iterator[tuple[bytes, str]]:
+        """Yield those of the group's paths that no walk comes to, and why."""
+        device = os.stat(self.root).st_dev
+        for path in map(os.fsencode, self.group.paths):
+            try:
+                above = [each for each, _name in _steps(path, self.root) if each != self.root]
+                if any(stat.S_ISLNK(os.lstat(each).st_mode) for each in above):
+                    yield path, "a symbolic link leads there: name the place itself"
+                elif os.stat(path, follow_symlinks=path == self.root).st_dev != device:
+                    yield path, "it is on another filesystem"
+            except OSError as error:
+                yield path, error.strerror or str(error)
 
     def is_left_out(self, directory: int) -> bool:
         """Tell whether an open directory holds what says that its content is not wanted."""

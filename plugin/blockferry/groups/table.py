@@ -231,6 +231,8 @@ class FileTable:
         is_link, missed = kinds == stat.S_IFLNK, entries["flags"] & (GONE | UNREADABLE) != 0
         if bool((is_link & (entries["text"] < 0) & ~missed).any()) or bool((~is_link & (entries["text"] >= 0)).any()):
             raise ValueError("a symbolic link leads nowhere")
+        if any(not self.texts[number] for number in np.unique(entries["text"][entries["text"] >= 0]).tolist()):
+            raise ValueError("a symbolic link leads nowhere")
         if bool((entries["size"] < 0).any()) or bool((entries["size"] > _LARGEST).any()):
             raise ValueError("a size is out of bounds")
         self._check_links(kinds)

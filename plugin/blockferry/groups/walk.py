@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from blockferry.groups.content import PIECE, Contents
+from blockferry.groups.content import PIECE, Contents, compare
 from blockferry.groups.table import ENTRY, GONE, UNREADABLE, FileTable, pack_attributes
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 _PROCESSES = min(4, os.cpu_count() or 1)
 _ENTRIES_AT_ONCE = 8192
 _DIRECTORIES_AT_ONCE = 32
-_RECENT = 50_000_000
-"""ns in which a file may change again and keep its time: more than a tick of any kernel's coarse clock."""
+_RECENT, _COARSE = 50_000_000, 2_050_000_000
+"""ns in which a file may change again and keep its time: more than a tick of any kernel's coarse clock; and where
+times are whole seconds (ext4 with small inodes, ext3), or every second one (FAT)."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -66,8 +67,8 @@ class Known:
     inodes: npt.NDArray[np.uint64]
     rows: Rows
     table: FileTable
-    before: int
-    """ns: a file that changed later than this may have changed again within the same tick of the clock."""
+    began: int
+    """ns: a file that changed a tick of the clock before this, or later, may have changed again since it was read."""
 
     @classmethod
     def of(cls, table: FileTable, began: int) -> Known:
@@ -76,7 +77,7 @@ class Known:
         usable = (entries["flags"] == 0) & (entries["link"] < 0)
         rows = np.flatnonzero(usable).astype(np.int64)
         order = np.argsort(entries["inode"][rows], kind="stable")
-        return cls(entries["inode"][rows][order], rows[order], table, began - _RECENT)
+        return cls(entries["inode"][rows][order], rows[order], table, began)
 
     def find(self, entries: npt.NDArray[np.void]) -> Rows:
         """Return for each entry its row in the snapshot, -1 for what is new or may have changed."""
@@ -85,7 +86,7 @@ class Known:
         place = np.searchsorted(self.inodes, entries["inode"]).clip(0, self.inodes.size - 1)
         rows = self.rows[place]
         then = self.table.entries[rows]
-        same = (self.inodes[place] == entries["inode"]) & (entries["ctime"] < self.before)
+        same = (self.inodes[place] == entries["inode"]) & (entries["ctime"] + _tick(entries["ctime"]) < self.began)
         for column in ("mode", "size", "ctime", "mtime"):
             same &= then[column] == entries[column]
         return np.where(same, rows, -1)
@@ -134,6 +135,10 @@ class Walker:
                 todo.extend(joined.add(found))
                 advance(found.entries.size)
 
+    def settle(self, descriptor: int, size: int) -> None:
+        """Wait until a write to an open file that is under way is over."""
+        self._scanner.contents.pieces(descriptor, size, bytearray(), own=False)
+
     def look_again(self, files: Sequence[Seen]) -> Future[list[State]]:
         """Begin to find out of each file whether it is still what was seen of it."""
         if self._pool:
@@ -148,7 +153,7 @@ class State(enum.Enum):
 
     SAME = enum.auto()
     WRITTEN = enum.auto()
-    """It changed, and lies where it lay."""
+    """It changed; what was read of it lies where it lay."""
     MOVED = enum.auto()
     """What was at its place may be of another file by now."""
     GONE = enum.auto()
@@ -225,9 +230,9 @@ class _Scanner:
         into = _Collector(self)
         for row, path in directories:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(path, _DIRECTORY if path != self.scope.root else _DIRECTORY & ~os.O_NOFOLLOW)
             except OSError as error:
-                if error.errno not in _GONE:
+                if error.errno not in GONE_ERRORS:
                     into.problems.append((path, _reason(error)))
                 continue
             try:
@@ -235,6 +240,7 @@ class _Scanner:
             except OSError as error:
                 into.problems.append((path, _reason(error)))
             finally:
+                into.finish(path, descriptor)
                 os.close(descriptor)
         return into.fragment()
 
@@ -247,16 +253,18 @@ class _Scanner:
         try:
             descriptor = self.contents.open(seen.path, None)
         except OSError as error:
-            return State.GONE if error.errno in _GONE else State.MOVED
+            return State.GONE if error.errno in GONE_ERRORS else State.MOVED
         try:
             facts = os.fstat(descriptor)
             if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
                 return State.MOVED
             now = bytearray()
-            self.contents.pieces(descriptor, facts.st_size, now)
-            if now != seen.pieces:
+            self.contents.pieces(descriptor, facts.st_size, now, own=facts.st_dev == self.device)
+            same_bytes, same_places = compare(seen.pieces, bytes(now))
+            if not same_places:
                 return State.MOVED
-            return State.SAME if (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size) else State.WRITTEN
+            untouched = (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size)
+            return State.SAME if untouched and same_bytes else State.WRITTEN
         except OSError:
             return State.MOVED
         finally:
@@ -288,7 +296,7 @@ class _Scanner:
         try:
             facts = entry.stat(follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE_ERRORS:
                 into.problems.append((path, _reason(error)))
             return
         number = into.add(name, facts, row)
@@ -297,7 +305,8 @@ class _Scanner:
 
 
 _MODE, _SIZE = (list(ENTRY.names or ()).index(column) for column in ("mode", "size"))
-_GONE = {errno.ENOENT, errno.ENOTDIR}
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+GONE_ERRORS = {errno.ENOENT, errno.ENOTDIR}
 """It was there a moment ago."""
 
 
@@ -318,6 +327,8 @@ class _Collector:
         self.scanner = scanner
         self.rows: list[tuple[int, ...]] = []
         self.links: list[int] = []
+        self.foreign: set[int] = set()
+        """Which of the rows are of other filesystems."""
         self.names: list[bytes] = []
         self.entries: list[npt.NDArray[np.void]] = []
         self.nlink: list[npt.NDArray[np.uint32]] = []
@@ -347,7 +358,11 @@ class _Collector:
                 facts.st_rdev,
             )
         )
-        self.links.append(facts.st_nlink)
+        if facts.st_dev == self.scanner.device:
+            self.links.append(facts.st_nlink)
+        else:  # mounted over one of this filesystem's, and so its number may be any other file's
+            self.links.append(1)
+            self.foreign.add(len(self.rows) - 1)
         self.names.append(name)
         return len(self.names) - 1
 
@@ -367,7 +382,7 @@ class _Collector:
             try:
                 self._look(self.rows[number], number, path, name, descriptor, found)
             except OSError as error:
-                gone = error.errno in _GONE
+                gone = error.errno in GONE_ERRORS
                 found.flags[number] = GONE if gone else UNREADABLE
                 if not gone:
                     self.problems.append((path, _reason(error)))
@@ -377,7 +392,7 @@ class _Collector:
         self.entries.append(entries)
         self.nlink.append(np.array(self.links, np.uint32))
         self.known.append(known)
-        self.rows, self.links = [], []
+        self.rows, self.links, self.foreign = [], [], set()
 
     def _look(
         self, row: tuple[int, ...], number: int, path: bytes, name: bytes, descriptor: int | None, found: _Found
@@ -387,15 +402,16 @@ class _Collector:
         if kind == stat.S_IFREG and row[_SIZE]:
             opened = self.scanner.contents.open(name if descriptor is not None else path, descriptor)
             try:
-                found.counts[number] = self.scanner.contents.pieces(opened, row[_SIZE], self.pieces)
-                attributes = _attributes(opened)
+                own = number not in self.foreign
+                found.counts[number] = self.scanner.contents.pieces(opened, row[_SIZE], self.pieces, own=own)
+                attributes = attributes_of(opened)
             finally:
                 os.close(opened)
         else:
             if kind == stat.S_IFLNK:
                 target = os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
                 found.texts[number] = self._text(target)
-            attributes = _attributes(path)
+            attributes = attributes_of(path)
         if attributes:
             found.attributes[number] = self._text(pack_attributes(attributes))
 
@@ -485,7 +501,7 @@ def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
     entries["link"][order[further]] = firsts[further]
 
 
-def _attributes(place: int | bytes) -> dict[bytes, bytes]:
+def attributes_of(place: int | bytes) -> dict[bytes, bytes]:
     """Return the extended attributes of an open file or, not followed, of a path."""
     try:
         names = os.listxattr(place) if isinstance(place, int) else os.listxattr(place, follow_symlinks=False)
@@ -506,8 +522,18 @@ def _batches(listed: Iterator[os.DirEntry[str]], count: int) -> Iterator[list[os
         yield some
 
 
-def wait_out(newest: int) -> None:
-    """Wait until nothing that changes from now on can have a time of change that was seen already; `newest` in ns."""
-    left = newest + _RECENT - time.time_ns()
-    if 0 < left <= _RECENT:
-        time.sleep(left / 1e9)
+def wait_out(times: Rows) -> None:
+    """Wait until nothing that changes from now on can have one of these times of change, in ns.
+
+    What the clock has not come to by far is not waited for: it was set back, and a change has another time.
+    """
+    now = time.time_ns()
+    near = times[np.abs(times - now) < _tick(times)]
+    if near.size:
+        time.sleep(max(0, int((near + _tick(near)).max()) - now) / 1e9)
+
+
+def _tick(times: Rows) -> Rows:
+    """Return within which time of each of these another change may look like the same."""
+    ticks: Rows = np.where(times % 10**9, _RECENT, _COARSE)
+    return ticks
