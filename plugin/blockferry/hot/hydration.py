@@ -40,7 +40,7 @@ class Hydration:
     """The threads that fill a target. `finished` is called once, by one of them, when all is there."""
 
     def __init__(self, cache: TargetCache, *, threads: int, rate: float | None) -> None:
-        """Read with so many threads at a time, at most `rate` bytes a second."""
+        """Read with so many threads at a time, at most `rate` bytes a second; 0: only what is about to be needed."""
         self.cache = cache
         self.complete = threading.Event()
         self._rate = rate
@@ -107,6 +107,9 @@ class Hydration:
         first, end = self._from(self._urgent)
         if first < end:
             return first, end, True
+        if self._rate == 0:
+            self._look_whether_complete()
+            return 0, 0, False
         if self._in_use() and not alone:
             return 0, 0, False
         first, end = self._from(self._near)
@@ -148,14 +151,17 @@ class Hydration:
         if first < 0:
             first = self._missing_from(0)
         if first < 0:
-            if not self._taken and self.cache.next_missing(0) < 0:
-                self.complete.set()
+            self._look_whether_complete()
             return 0, 0
         end, most = first + 1, most if self.cache.is_used(first) else LOCKS
         while end - first < most and self.cache.next_missing(end) == end and self._fits(first, end):
             end += 1
         self._position = end
         return first, end
+
+    def _look_whether_complete(self) -> None:
+        if not self._taken and self.cache.next_missing(0) < 0:
+            self.complete.set()
 
     def _missing_from(self, number: int) -> int:
         """Return the first unit from `number` on that is missing and that nobody works on or failed to get; or -1."""
