@@ -1,7 +1,8 @@
 """Bringing a volume back behind its user's back: what was just missed and its neighbourhood first, then in disk order.
 
-It stands back while the disk is in use: after each read of its own it rests for as long as keeps its share small. What
-a user who reads in sequence is about to need is fetched without rest: that is the user's own work, done early.
+It stands back while the disk is in use: after each read of its own it rests for as long as keeps its share small, and
+while somebody waits for the repository again and again it reads only now and then: whoever waits brings something in.
+What a user who reads in sequence is about to need is fetched without rest: that is the user's own work, done early.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ _IN_USE = 0.1
 _SHARE = 1 / 8
 """Of the time, for hydration, while the disk is in use."""
 _LONGEST_REST = 2.0
+_JUST_NOW = 0.05
+"""Seconds since somebody's last wait for the repository within which he is about to wait again."""
+_LONGEST_BACK = 0.5
+"""Seconds that hydration leaves the repository to those who wait for it: it is not to starve."""
 _AGAIN = 30.0
 """Seconds until what could not be had is tried again, and the longest wait for a target that takes nothing."""
 _AWAY = 5.0
@@ -219,7 +224,7 @@ class Hydration:
         return time.monotonic() - self.cache.activity.latest < _IN_USE
 
     def _rest(self, worked: float, count: int) -> None:
-        """Wait for as long as the user's rate asks for, and the disk's users."""
+        """Wait for as long as the user's rate asks for, the disk's users, and whoever waits for the repository."""
         if self._rate:
             with self._lock:
                 self._allowed_at = max(self._allowed_at, time.monotonic() - 1) + count / self._rate
@@ -228,3 +233,6 @@ class Hydration:
                 self._stop.wait(pause)
         if self._in_use():
             self._stop.wait(min(worked * (1 / _SHARE - 1), _LONGEST_REST))
+        deadline = time.monotonic() + _LONGEST_BACK
+        while self.cache.activity.has_fetched(_JUST_NOW) and time.monotonic() < deadline and not self._stop.wait(0.01):
+            pass
