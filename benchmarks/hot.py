@@ -4,21 +4,19 @@ All read the same archive in the same repository. Reads of both kinds are past t
 random places that are in use, one at a time, and 1 MiB in sequence. The stock mounts do so from the image (borg), or
 from the segments that it lies in (restic), which are files of 4 MiB.
 
-`load` is what hydration takes from somebody who reads at random meanwhile: fio for some seconds, with hydration and
-with as good as none. `size` is how long it takes until the disk is there, for sparse volumes of several sizes.
+`load` is what hydration takes from somebody who uses what is there already: fio reads at random, past the page cache,
+from a region that was read before, in turns while all the rest is brought in and while nothing is. `memory` is the
+resident memory of the processes behind the disk. `size` is how long it takes until the disk is there. The last two are
+for sparse volumes of several sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
-import mmap
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,40 +25,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import measure
-from full import fill_with_files, in_use
-from measure import BLOCKFERRY, GIB, KIB, MIB, TIB, Run
+from hot_load import measure_load
+from hot_memory import measure_memory
+from hot_place import (
+    IMAGE,
+    INIT,
+    Place,
+    attached,
+    make_volume,
+    places_in_use,
+    said_of,
+    sparse_image,
+    store,
+    time_reads,
+    to,
+)
+from measure import BLOCKFERRY, GIB, KIB, MIB, Run
 
-import used
-
-PARTS = ("mounted", "random", "sequential", "hydrated", "load", "size")
-INIT = {
-    "borg": ["borg", "init", "--encryption=repokey-blake2"],
-    "restic": ["restic", "init", "--quiet", "--repo"],
-}
-IMAGE = "volume.img"
-
-
-@dataclasses.dataclass
-class Place:
-    """A volume, and the repository that it is in."""
-
-    root: Path
-    tool: str
-    image: Path
-    archive: str
-    snapshot: str
-
-    @property
-    def repository(self) -> Path:
-        return self.root / f"{self.tool}-repository"
-
-    @property
-    def reference(self) -> str:
-        return f"{self.tool}:{self.repository}"
-
-    @property
-    def target(self) -> Path:
-        return self.root / "target.img"
+PARTS = ("mounted", "random", "sequential", "hydrated", "load", "memory", "size")
 
 
 def main() -> None:
@@ -71,6 +53,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=4, metavar="GIB", help="the size of the volume, half in use")
     parser.add_argument("--reads", type=int, default=300, help="how many random reads")
     parser.add_argument("--seconds", type=int, default=10, help="how long fio reads")
+    parser.add_argument("--load", type=float, default=6, metavar="GIB", help="what is in use of fio's volume")
     options = parser.parse_args()
     report = measure.Report("hot")
     with tempfile.TemporaryDirectory(prefix="blockferry-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")) as directory:
@@ -84,21 +67,24 @@ def main() -> None:
 def measure_tool(report: measure.Report, root: Path, tool: str, options: argparse.Namespace) -> None:
     """Measure the parts with one tool."""
     parts = options.part or PARTS
-    if set(parts) - {"size"}:
-        place = store(root, tool, make_volume(root, options))
+    if set(parts) - {"load", "memory", "size"}:
+        place = store(root, tool, make_volume(root, int(options.size * GIB)))
         extents = places_in_use(place.image)
         cases = {
             "mounted": (f"{tool}: until mounted, and then `ls -R`", mounting(place)),
             "random": (f"{tool}: 4 KiB at random", reading_at_random(place, extents, options.reads)),
             "sequential": (f"{tool}: in sequence", reading_in_sequence(place, extents)),
             "hydrated": (f"{tool}: until all is on the target", bringing_back(place)),
-            "load": (f"{tool}: fio while it is hydrated", reading_under_load(place, options.seconds)),
         }
         for name, (title, contenders) in cases.items():
             if name in parts:
                 measure.say(title)
                 report.add(title, measure.take_turns(contenders, options.rounds))
-        shutil.rmtree(place.repository)
+        place.remove()
+    if "load" in parts:
+        measure_load(report, root, tool, options)
+    if "memory" in parts:
+        measure_memory(report, root, tool, options)
     if "size" in parts:
         sizes(report, root, tool, options.rounds)
 
@@ -197,38 +183,10 @@ def bringing_back(place: Place) -> dict[str, measure.Contender]:
     }
 
 
-def reading_under_load(place: Place, seconds: int) -> dict[str, measure.Contender]:
-    """Return who reads at random, with hydration and without."""
-
-    def read(*options: str) -> Run:
-        with attached(place, *options) as device:
-            before = said_of("status", "target.img")["hydrated"]
-            done = measure.run(
-                [
-                    *("fio", "--name=reads", f"--filename={device}", "--rw=randread", "--bs=4k", "--direct=1"),
-                    *("--ioengine=libaio", "--iodepth=4", "--time_based", f"--runtime={seconds}", "--readonly"),
-                    *("--randrepeat=1", "--norandommap", "--output-format=json"),
-                ]
-            )
-            hydrated = said_of("status", "target.img")["hydrated"] - before
-        iops = json.loads(done.output)["jobs"][0]["read"]["iops"]
-        return dataclasses.replace(done, output="", figures={"reads_a_second": iops, "hydrated_bytes": hydrated})
-
-    return {
-        "hydrated meanwhile": read,
-        "not hydrated": lambda: read("--rate", "1K"),
-    }
-
-
 def sizes(report: measure.Report, root: Path, tool: str, rounds: int) -> None:
     """Attach sparse volumes of several sizes."""
-    for name, files in (("1GiB", 0), ("1TiB", 50_000), ("16TiB", 0)):
-        image = used.make_image(argparse.Namespace(images=root), "ext4", name) if files else root / "empty.img"
-        if not files:
-            with image.open("wb") as file:
-                file.truncate({"1GiB": GIB, "16TiB": 16 * TIB - 4 * KIB}[name])
-            subprocess.run(["mkfs.xfs", "-q", "-f", str(image)], check=True)
-        place = store(root, tool, image)
+    for name in ("1GiB", "1TiB", "16TiB"):
+        place = store(root, tool, sparse_image(root, name))
 
         def attach(place: Place = place) -> Run:
             began = time.perf_counter()
@@ -237,23 +195,10 @@ def sizes(report: measure.Report, root: Path, tool: str, rounds: int) -> None:
 
         title = f"{tool}: until the disk is there, {name}"
         report.add(title, measure.take_turns({"blockferry attach": attach}, rounds))
-        shutil.rmtree(place.repository)
-        image.unlink()
+        place.remove()
 
 
 # -- what they have in common -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def attached(place: Place, *options: str) -> Iterator[str]:
-    """Attach the snapshot to a new file; give the device, and remove it all."""
-    command = [BLOCKFERRY, "attach", place.snapshot, str(place.target), *to(place), "--json", *options]
-    said = json.loads(measure.run(command).output)
-    try:
-        yield said["device"]
-    finally:
-        measure.run([BLOCKFERRY, "detach", "target.img", "--force", "--forget"], quiet=True)
-        place.target.unlink(missing_ok=True)
 
 
 def forgetting(place: Place, contender: measure.Contender) -> measure.Contender:
@@ -267,14 +212,6 @@ def forgetting(place: Place, contender: measure.Contender) -> measure.Contender:
             place.target.unlink(missing_ok=True)
 
     return run
-
-
-def to(place: Place) -> list[str]:
-    return ["--repo", place.reference]
-
-
-def said_of(*command: str) -> dict[str, object]:
-    return dict(json.loads(measure.run([BLOCKFERRY, *command, "--json"]).output))
 
 
 def bring_back(place: Place) -> None:
@@ -333,62 +270,6 @@ def located(files: list[Path], offset: int) -> tuple[Path, int]:
     unit = 4 * MIB
     start = offset // unit * unit
     return files[0].parent.parent / f"{start // unit // 256:06x}" / f"{start:016x}", offset - start
-
-
-def time_reads(places: list[tuple[Path, int]], length: int) -> Run:
-    """Read so many bytes at each place, one after the other, past our own page cache; return latencies and the rate."""
-    buffer = mmap.mmap(-1, length)
-    took, total = [], 0
-    began = time.perf_counter()
-    for path, offset in places:
-        flags = os.O_RDONLY | (os.O_DIRECT if str(path).startswith("/dev/") else 0)
-        before = time.perf_counter()
-        descriptor = os.open(path, flags)
-        total += os.preadv(descriptor, [buffer], offset)
-        took.append(time.perf_counter() - before)
-        os.close(descriptor)
-    wall = time.perf_counter() - began
-    took.sort()
-    figures = {
-        "p50_seconds": statistics.median(took),
-        "p99_seconds": took[int(len(took) * 0.99)],
-        "bytes_a_second": total / wall,
-    }
-    return Run(wall, 0, 0, "", figures)
-
-
-# -- the volume -------------------------------------------------------------------------------------------------------
-
-
-def make_volume(root: Path, options: argparse.Namespace) -> Path:
-    """Make an ext4 image, half of it in use by files of /usr and random data."""
-    size = int(options.size * GIB)
-    image = root / "volume.img"
-    measure.say(f"making a volume of {options.size:g} GiB")
-    with image.open("wb") as file:
-        file.truncate(size)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
-    with measure.mounted(image, root / "mounted") as directory:
-        fill_with_files(directory, size // 2 - in_use(directory, size))
-    return image
-
-
-def store(root: Path, tool: str, image: Path) -> Place:
-    """Store the image in a new repository."""
-    place = Place(root, tool, image, "", "")
-    measure.run([*INIT[tool], str(place.repository)], quiet=True)
-    said = json.loads(measure.run([BLOCKFERRY, "--quiet", "backup", str(image), *to(place), "--json"]).output)
-    return dataclasses.replace(place, archive=said["archive"], snapshot=said["snapshot"])
-
-
-def places_in_use(image: Path) -> list[tuple[int, int]]:
-    """Return the extents in use, cut to pieces of at most 1 MiB."""
-    said = json.loads(measure.run([BLOCKFERRY, "used", str(image), "--json"]).output)
-    return [
-        (offset, min(MIB, start + length - offset))
-        for start, length in said["extents"]
-        for offset in range(start, start + length, MIB)
-    ]
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+import mmap
 import os
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,28 @@ def test_it_goes_on_where_it_was(depot: Depot, hot, tmp_path):
     restore.detach()
     assert filecmp.cmp(noise, tmp_path / "target.img", shallow=False)
     restore.try_to("status").refused(1, "no such restore")
+
+
+def test_nothing_but_what_is_read_comes_back_at_rate_0(depot: Depot, hot, tmp_path):
+    noise = tmp_path / "noise.img"
+    noise.write_bytes(random.Random(3).randbytes(40 * MIB))
+    assert depot.ferry("backup", noise).code == 0
+    restore = hot(depot, tmp_path / "target.img")
+    said = restore.attach("--rate", "0")
+    time.sleep(0.5)
+    assert restore.status()["fetched"] == 0
+    disk = os.open(said["path"], os.O_RDONLY | os.O_DIRECT)
+    buffer = mmap.mmap(-1, 4096)
+    os.preadv(disk, [buffer], 20 * MIB)
+    os.close(disk)
+    assert buffer[:] == noise.read_bytes()[20 * MIB : 20 * MIB + 4096]
+    read = restore.wait_for(lambda said: said["hydrated"] > 0)
+    time.sleep(0.5)
+    assert restore.status()["hydrated"] == read["hydrated"] < 8 * MIB
+    assert Path(said["path"]).read_bytes() == noise.read_bytes()
+    restore.wait_until_finished()
+    restore.detach()
+    assert filecmp.cmp(noise, tmp_path / "target.img", shallow=False)
 
 
 def test_a_part_is_attached_too(depot: Depot, small, files, hot, attach: Attach, tmp_path):

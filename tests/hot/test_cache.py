@@ -20,7 +20,7 @@ from blockferry.errors import DamagedSnapshotError, RepositoryError
 from blockferry.extents import ExtentSet
 from blockferry.hot import source
 from blockferry.hot.attachment import Attachment
-from blockferry.hot.cache import TargetCache
+from blockferry.hot.cache import Activity, TargetCache
 from blockferry.hot.source import Source, UnavailableError
 from blockferry.hot.state import StateMap
 from blockferry.hot.target import HotTarget
@@ -352,3 +352,12 @@ def test_a_unit_that_waits_to_be_written_is_not_fetched_again(rig: Rig, monkeypa
     while any(map(rig.cache.is_coming, range(8))) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert all(map(rig.cache.is_whole, range(8)))
+
+
+def test_who_waits_for_the_repository_is_known_for_a_moment():
+    activity = Activity()
+    assert not activity.has_fetched(0.05)
+    with activity.fetching():
+        assert activity.has_fetched(0)
+    assert activity.has_fetched(60)
+    assert not activity.has_fetched(0)

@@ -63,7 +63,7 @@ def test_targets_that_are_refused(restore: Hot, attach: Attach, tmp_path):
 
 @pytest.mark.parametrize("depot", ["borg"], indirect=True)
 def test_words_that_are_refused(restore: Hot):
-    for options in (("--rate", "fast"), ("--rate", "0"), ("--patience", "-1")):
+    for options in (("--rate", "fast"), ("--rate", "-1"), ("--rate", "nan"), ("--patience", "-1")):
         refused(restore, 2, options[0], options=options)
     restore.try_to_attach(snapshot="0123456789ab").refused(1, "0123456789ab")
     restore.assert_no_traces()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import time
 from pathlib import Path
@@ -23,19 +25,23 @@ from blockferry.volume import default_name
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
-    """Return a number of bytes, which stands by itself or with K, M, G or T: powers of 1024."""
+def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str | None, least: int = 1) -> int | None:
+    """Return a number of bytes, which stands by itself or with K, M, G or T: powers of 1024; `least` or more."""
     if text is None:
         return None
     plain = text.upper().removesuffix("B").removesuffix("I")
     unit = plain[-1:] if plain[-1:] in "KMGT" else ""
     try:
-        number = int(float(plain.removesuffix(unit)) * _UNITS[unit])
+        amount = float(plain.removesuffix(unit)) * _UNITS[unit]
+        number = math.ceil(amount)  # a little is more than none
     except (ValueError, OverflowError):
-        number = 0
-    if number <= 0:
+        amount = number = -1
+    if amount < least:
         raise click.BadParameter(f"{text!r} is not a number of bytes such as 500M or 2G")
     return number
+
+
+_parse_rate = functools.partial(parse_bytes, least=0)
 
 
 @click.command()
@@ -46,7 +52,12 @@ def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str 
 @click.option("--size", callback=parse_bytes, metavar="BYTES", help="How large that file may become: 20G.")
 @click.option("--name", default="", help="What to call it; else the end of the target's path, or SNAPSHOT.")
 @click.option("--force", is_flag=True, help="Overwrite a target that holds something.")
-@click.option("--rate", callback=parse_bytes, metavar="BYTES", help="Bring in at most so many bytes a second: 20M.")
+@click.option(
+    "--rate",
+    callback=_parse_rate,
+    metavar="BYTES",
+    help="Bring in at most so many bytes a second: 20M; 0: nothing but what is read.",
+)
 @click.option(
     "--patience",
     type=click.FloatRange(min=0),

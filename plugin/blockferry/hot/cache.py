@@ -79,6 +79,9 @@ class Activity:
     def __init__(self) -> None:
         self.latest = 0.0
         self._next_expected = -1
+        self._lock = threading.Lock()
+        self._fetching = 0
+        self._fetched = 0.0
         self.wanted: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
         """Units that were just missed, and whether they were asked for in sequence."""
 
@@ -90,6 +93,22 @@ class Activity:
         """Somebody reads a unit that has to be fetched."""
         self.wanted.put((number, number == self._next_expected))
         self._next_expected = number + 1
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Somebody waits for the repository, for the length of the context."""
+        with self._lock:
+            self._fetching += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetching -= 1
+                self._fetched = time.monotonic()
+
+    def has_fetched(self, within: float) -> bool:
+        """Tell whether somebody waits for the repository, or did so within the last seconds."""
+        return self._fetching > 0 or time.monotonic() - self._fetched < within
 
 
 class TargetCache:
@@ -251,9 +270,13 @@ class TargetCache:
         content = self._unwritten.get(number)
         if content is None:
             self.activity.missed(number)
-            content = self._unwritten[number] = self.source.get(number)
+            content = self._unwritten[number] = self._get(number)
             self._fetched.put(number)
         return content
+
+    def _get(self, number: int) -> memoryview:
+        with self.activity.fetching():
+            return self.source.get(number)
 
     def _write_part(self, offset: int, length: int, data: memoryview | None) -> None:
         """Write some of one unit, which was not whole; None: zeros."""
@@ -262,7 +285,7 @@ class TargetCache:
         start, end = offset // block * block, min(-(-stop // block) * block, self.size)
         torn = [(start, offset), (stop, end)]  # what is left of the first and of the last block
         lacking = any(last > first and not self._has(first) for first, last in torn)
-        content = (self._unwritten.get(number) or self.source.get(number)) if lacking else memoryview(b"")
+        content = (self._unwritten.get(number) or self._get(number)) if lacking else memoryview(b"")
         with self._lock(number):
             # What is absent may have become present meanwhile, never the other way: `content` has what is lacking.
             before, after = (

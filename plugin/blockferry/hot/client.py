@@ -25,7 +25,7 @@ class Request:
     buffer_size: int = 0
     force: bool = False
     rate: float | None = None
-    """Bytes a second, at most, for hydration."""
+    """Bytes a second, at most, for hydration; 0: none, but for what follows somebody who reads in sequence."""
     patience: float = 300.0
     """Seconds for which a repository that does not answer is waited for."""
     threads: int = 0

@@ -1,7 +1,8 @@
 """Bringing a volume back behind its user's back: what was just missed and its neighbourhood first, then in disk order.
 
-It stands back while the disk is in use: after each read of its own it rests for as long as keeps its share small. What
-a user who reads in sequence is about to need is fetched without rest: that is the user's own work, done early.
+It stands back while the disk is in use: after each read of its own it rests for as long as keeps its share small, and
+while somebody waits for the repository again and again it reads only now and then: whoever waits brings something in.
+What a user who reads in sequence is about to need is fetched without rest: that is the user's own work, done early.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ _IN_USE = 0.1
 _SHARE = 1 / 8
 """Of the time, for hydration, while the disk is in use."""
 _LONGEST_REST = 2.0
+_JUST_NOW = 0.05
+"""Seconds since somebody's last wait for the repository within which he is about to wait again."""
+_LONGEST_BACK = 0.5
+"""Seconds that hydration leaves the repository to those who wait for it: it is not to starve."""
 _AGAIN = 30.0
 """Seconds until what could not be had is tried again, and the longest wait for a target that takes nothing."""
 _AWAY = 5.0
@@ -40,7 +45,7 @@ class Hydration:
     """The threads that fill a target. `finished` is called once, by one of them, when all is there."""
 
     def __init__(self, cache: TargetCache, *, threads: int, rate: float | None) -> None:
-        """Read with so many threads at a time, at most `rate` bytes a second."""
+        """Read with so many threads at a time, at most `rate` bytes a second; 0: only what is about to be needed."""
         self.cache = cache
         self.complete = threading.Event()
         self._rate = rate
@@ -107,6 +112,9 @@ class Hydration:
         first, end = self._from(self._urgent)
         if first < end:
             return first, end, True
+        if self._rate == 0:
+            self._look_whether_complete()
+            return 0, 0, False
         if self._in_use() and not alone:
             return 0, 0, False
         first, end = self._from(self._near)
@@ -148,14 +156,17 @@ class Hydration:
         if first < 0:
             first = self._missing_from(0)
         if first < 0:
-            if not self._taken and self.cache.next_missing(0) < 0:
-                self.complete.set()
+            self._look_whether_complete()
             return 0, 0
         end, most = first + 1, most if self.cache.is_used(first) else LOCKS
         while end - first < most and self.cache.next_missing(end) == end and self._fits(first, end):
             end += 1
         self._position = end
         return first, end
+
+    def _look_whether_complete(self) -> None:
+        if not self._taken and self.cache.next_missing(0) < 0:
+            self.complete.set()
 
     def _missing_from(self, number: int) -> int:
         """Return the first unit from `number` on that is missing and that nobody works on or failed to get; or -1."""
@@ -213,7 +224,7 @@ class Hydration:
         return time.monotonic() - self.cache.activity.latest < _IN_USE
 
     def _rest(self, worked: float, count: int) -> None:
-        """Wait for as long as the user's rate asks for, and the disk's users."""
+        """Wait for as long as the user's rate asks for, the disk's users, and whoever waits for the repository."""
         if self._rate:
             with self._lock:
                 self._allowed_at = max(self._allowed_at, time.monotonic() - 1) + count / self._rate
@@ -222,3 +233,6 @@ class Hydration:
                 self._stop.wait(pause)
         if self._in_use():
             self._stop.wait(min(worked * (1 / _SHARE - 1), _LONGEST_REST))
+        deadline = time.monotonic() + _LONGEST_BACK
+        while self.cache.activity.has_fetched(_JUST_NOW) and time.monotonic() < deadline and not self._stop.wait(0.01):
+            pass

@@ -33,6 +33,7 @@ from blockferry.kernel import sync_directory
 PAGE = 4096
 _BITS_PER_PAGE = PAGE * 8
 _MOST_BLOCKS = 1 << 28
+_PIECE = 1 << 20
 _ROOM = "Make room there, or look at the kernel log: nothing that is written to the disk is durable until this works."
 _BATCH = 1 << 24
 """Blocks that are looked at in one pass of numpy: 16 MiB."""
@@ -62,7 +63,10 @@ class Bits:
         """Take the stored form: whole pages."""
         self.count = count
         self.content = content
-        self.total = int.from_bytes(content, "little").bit_count() - (len(content) * 8 - count if content else 0)
+        # By pieces: one number of all of it would be as large again.
+        pieces = (content[start : start + _PIECE] for start in range(0, len(content), _PIECE))
+        self.total = sum(int.from_bytes(piece, "little").bit_count() for piece in pieces)
+        self.total -= len(content) * 8 - count if content else 0
         self._lock = threading.Lock()
         self._changed: set[int] = set()
 
@@ -127,7 +131,8 @@ class StateMap:
         temporary = path.with_suffix(".new")
         with temporary.open("wb") as file:
             header = _header(size, block, about)
-            file.write(header + b"\0" * (PAGE - len(header)) + present + dirty)
+            for piece in (header, b"\0" * (PAGE - len(header)), present, dirty):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -153,8 +158,8 @@ class StateMap:
                 f"{path}: is not the map of this restore",
                 remedy="Detach it with --forget, and begin anew with --force.",
             )
-        content = bytearray(stored[PAGE:])
-        present, dirty = Bits(count, content[:length]), _zero_padded(count, content[length:])
+        content = memoryview(stored)[PAGE:]
+        present, dirty = Bits(count, bytearray(content[:length])), _zero_padded(count, bytearray(content[length:]))
         return cls(path, size, block, present, dirty)
 
     def whole(self, unit: int) -> bytearray:
