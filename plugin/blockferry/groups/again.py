@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,9 +29,11 @@ from blockferry.errors import VolumeError
 from blockferry.groups.image import open_row
 from blockferry.groups.packing import Packed, is_file
 from blockferry.groups.table import BESIDE, CHANGED, EXTENT, GONE, UNREADABLE, FileTable, pack_attributes
-from blockferry.groups.walk import GONE_ERRORS, Seen, State, Walked, Walker, attributes_of, update, wait_out
+from blockferry.groups.walk import GONE_ERRORS, Seen, State, Walked, Walker, attributes_of, is_recent, update, wait_out
 
 _TRIES = 3
+_PATIENCE = 10.0
+"""Seconds after which files that do not rest are not waited for any more."""
 _NOTHING = np.empty(0, EXTENT)
 _SPARE_FOR_LINKS = 4096
 
@@ -49,6 +52,7 @@ class SecondLook:
         self._failed: dict[int, str] = {}
         """Rows whose content could not be read the first time, and why."""
         self._fresh = bytearray()
+        self._patient_until = 0.0
         self._texts = {text: number for number, text in enumerate(self._table.texts)}
         self._spare = packed.table_place[1] - self._table.stored_size
         """How many bytes the table may still grow by."""
@@ -84,6 +88,7 @@ class SecondLook:
 
     def seal(self) -> dict[int, bytes]:
         """Look at every file that was read again; return what of them was read anew, and the table of all files."""
+        self._patient_until = time.monotonic() + _PATIENCE
         heads = self._heads()
         rows = self._looked_at(heads)
         states = self._states(rows, heads)
@@ -109,8 +114,12 @@ class SecondLook:
         return np.where(links < 0, np.arange(links.size), links).astype(np.int64)
 
     def _looked_at(self, heads: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the rows of the files of which content was read, all names of them; not of what failed before."""
-        has = np.diff(self.walked.piece_ends, prepend=0) > 0
+        """Return the rows of the files of which content was read, all names of them; not of what failed before.
+
+        One that has a size and no content may have lost it between being asked for the one and for the other.
+        """
+        has = (np.diff(self.walked.piece_ends, prepend=0) > 0) | (self._table.entries["size"] > 0)
+        has &= self.walked.known < 0
         read = np.bincount(heads, has, minlength=heads.size) > 0
         entries = self._table.entries
         return np.flatnonzero(read[heads] & is_file(entries) & (entries["flags"] == 0))
@@ -208,6 +217,8 @@ class SecondLook:
                 update(self._table.entries[row : row + 1], before)
                 self._keep_attributes(row, attributes_of(descriptor))
                 return anew[identity]
+            if time.monotonic() > self._patient_until and is_recent(before.st_ctime_ns):
+                break
             content = self._whole(descriptor, before)
             attributes = attributes_of(descriptor)
             after = os.fstat(descriptor)

@@ -536,6 +536,12 @@ def wait_out(times: Rows) -> None:
         time.sleep(max(0, int((near + _tick(near)).max()) - now) / 1e9)
 
 
+def is_recent(changed: int) -> bool:
+    """Tell whether what changed at that time, in ns, may change again and keep it."""
+    times = np.array([changed])
+    return bool((np.abs(times - time.time_ns()) < _tick(times)).any())
+
+
 def _tick(times: Rows) -> Rows:
     """Return within which time of each of these another change may look like the same."""
     ticks: Rows = np.where(times % 10**9, _RECENT, _COARSE)
