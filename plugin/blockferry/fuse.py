@@ -70,6 +70,23 @@ def mounted(tree: Tree, *, name: str = "blockferry") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def mounted_on(tree: Tree, point: Path) -> Iterator[threading.Thread]:
+    """Mount a tree on a directory of the user's and give the server's thread, which ends when it is unmounted.
+
+    Under root other users see it too, as far as the modes of its files let them. Leaving the context, or the end of
+    this process, takes the mount away. Errors as for `mounted`.
+    """
+    with _unmounted_at_death(point), _terminating_signals_raise():
+        server = _serve(tree, point, shared=os.geteuid() == 0)
+        try:
+            yield server
+        finally:
+            if server.is_alive():
+                _unmount(point)
+                server.join(_PATIENCE)
+
+
+@contextlib.contextmanager
 def mount_point(name: str) -> Iterator[Path]:
     """Give an empty private directory to mount something on, and unmount and remove it afterwards.
 
@@ -197,7 +214,7 @@ def _fusermount() -> str:
     return find("fusermount3", "fuse3")
 
 
-def _serve(tree: Tree, point: Path) -> threading.Thread:
+def _serve(tree: Tree, point: Path, *, shared: bool = False) -> threading.Thread:
     """Start the server of a tree and return its thread once the mount answers."""
     _fusermount()
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
@@ -211,7 +228,7 @@ def _serve(tree: Tree, point: Path) -> threading.Thread:
 
     def serve() -> None:
         try:
-            server_class(tree, point, ready)
+            server_class(tree, point, ready, shared=shared)
         except BaseException as error:  # handed to the thread that waits
             failures.append(error)
         ended.set()

@@ -19,7 +19,7 @@ from typing import Any
 import mfusepy
 
 from blockferry import kernel
-from blockferry.fuse_tree import Node, Tree, WritableTree
+from blockferry.fuse_tree import Node, OwnedTree, Tree, WritableTree
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +49,35 @@ class _WritingCallbacks(_Callbacks):
     write = fsync = fallocate = True
 
 
+class _OwnedCallbacks(_Callbacks):
+    """Those of a tree of files that have owners and attributes."""
+
+    readlink = getxattr = listxattr = True
+
+
 class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
     """Serves a tree from being made until the tree is unmounted. The callbacks' names are mfusepy's."""
 
-    def __init__(self, tree: Tree, point: Path, ready: threading.Event) -> None:
-        """Mount `tree` on `point` and set `ready` when it answers; RuntimeError if libfuse cannot mount it."""
+    def __init__(self, tree: Tree, point: Path, ready: threading.Event, *, shared: bool = False) -> None:
+        """Mount `tree` on `point` and set `ready` when it answers; RuntimeError if libfuse cannot mount it.
+
+        If it is `shared` other users see it too, as far as the modes of its files let them.
+        """
         self.tree = tree
         self.ready = ready
         self.writable: WritableTree | None = tree if isinstance(tree, WritableTree) else None
+        self.owned: OwnedTree | None = tree if isinstance(tree, OwnedTree) else None
+        callbacks = _OwnedCallbacks() if self.owned else _Callbacks()
         super().__init__(
-            _WritingCallbacks() if self.writable else _Callbacks(),
+            _WritingCallbacks() if self.writable else callbacks,
             os.fspath(point),
             foreground=True,
             ro=not self.writable,
             fsname="blockferry",
             subtype="blockferry",
             max_read=_MOST_PER_READ,
+            allow_other=shared,
+            default_permissions=shared,
             # Left out, libfuse 3.14 complains about its own default on stderr (lib/helper.c).
             max_idle_threads=_THREADS,
         )
@@ -91,8 +104,8 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
         settings = config.contents
         settings.use_ino = 1
         # Reads then come as the reader makes them, up to the limit, and do not fill the page cache. A loop device
-        # does that by itself, and is slower on a file that is served so.
-        settings.direct_io = not self.writable
+        # does that by itself, and is slower on a file that is served so. Files that people open are read again.
+        settings.direct_io = not self.writable and not self.owned
         settings.entry_timeout = settings.attr_timeout = settings.negative_timeout = _FOREVER
         self.ready.set()
 
@@ -141,6 +154,25 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
             raise OSError(errno.EOPNOTSUPP, "only holes can be punched")
         self._writing.zero(file.contents.fh, offset, length)
 
+    def readlink(self, path: bytes, into: Any, size: int) -> None:
+        """Answer where a symbolic link leads."""
+        if self.owned is None:
+            raise OSError(errno.EINVAL, "no symbolic link")
+        target = self.owned.target(os.fsdecode(path))[: size - 1] + b"\0"
+        ctypes.memmove(into, target, len(target))
+
+    def getxattr(self, path: bytes, name: bytes, into: Any, size: int, *_position: int) -> int:
+        """Answer an extended attribute, or with no room for it its size."""
+        value = (self.owned.attributes(os.fsdecode(path)) if self.owned else {}).get(name)
+        if value is None:
+            raise OSError(errno.ENODATA, "no such attribute")
+        return _handed_over(value, into, size)
+
+    def listxattr(self, path: bytes, into: Any, size: int) -> int:
+        """List the names of extended attributes, each with a NUL, or with no room for them their size."""
+        names = self.owned.attributes(os.fsdecode(path)) if self.owned else {}
+        return _handed_over(b"".join(name + b"\0" for name in names), into, size)
+
     def lseek(self, _path: bytes, offset: int, whence: int, file: Any) -> int:
         """Answer SEEK_DATA and SEEK_HOLE: the kernel does the other kinds by itself."""
         return self.tree.seek(file.contents.fh, offset, whence)
@@ -149,10 +181,24 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
 def _fill(entry: Any, node: Node) -> None:
     """Write a node into a C `struct stat`."""
     entry.st_ino = node.inode
-    entry.st_mode = stat.S_IFDIR | 0o700 if node.is_directory else stat.S_IFREG | 0o600
-    entry.st_nlink = 1
     entry.st_size = node.size
-    entry.st_blocks = -(-node.size // 512)
-    seconds, nanoseconds = divmod(node.mtime_ns, 10**9)
-    for time in (entry.st_mtimespec, entry.st_ctimespec, entry.st_atimespec):
-        time.tv_sec, time.tv_nsec = seconds, nanoseconds
+    if (owned := node.owned) is None:
+        entry.st_mode = stat.S_IFDIR | 0o700 if node.is_directory else stat.S_IFREG | 0o600
+        entry.st_nlink = 1
+        entry.st_blocks = -(-node.size // 512)
+    else:
+        entry.st_mode, entry.st_uid, entry.st_gid = owned.mode, owned.uid, owned.gid
+        entry.st_nlink, entry.st_rdev, entry.st_blocks = owned.links, owned.device, -(-owned.allocated // 512)
+    ctime_ns = owned.ctime_ns if owned else node.mtime_ns
+    times = ((entry.st_mtimespec, node.mtime_ns), (entry.st_ctimespec, ctime_ns), (entry.st_atimespec, node.mtime_ns))
+    for time, nanoseconds in times:
+        time.tv_sec, time.tv_nsec = divmod(nanoseconds, 10**9)
+
+
+def _handed_over(value: bytes, into: Any, size: int) -> int:
+    """Copy a value where libfuse wants it, and return its length; OSError with ERANGE if there is too little room."""
+    if size:
+        if len(value) > size:
+            raise OSError(errno.ERANGE, "too little room")
+        ctypes.memmove(into, value, len(value))
+    return len(value)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
+
+
+class Owned(NamedTuple):
+    """What `stat` says of a file that had a life elsewhere: its mode with its kind, owner, names, and bytes on disk."""
+
+    mode: int
+    uid: int
+    gid: int
+    links: int
+    device: int
+    ctime_ns: int
+    allocated: int
 
 
 class Node(NamedTuple):
     """What `stat` says of a directory or file: its inode, its size in bytes and its times in ns since the epoch.
 
-    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime. Of a file that is
-    `uncached` nothing stays in the kernel's page cache: each read and write reaches the tree.
+    Everything else is fixed: owned by root, for its owner's eyes alone, ctime and atime as mtime; unless it is `owned`.
+    Of a file that is `uncached` nothing stays in the kernel's page cache: each read and write reaches the tree.
     """
 
     inode: int
@@ -18,6 +30,7 @@ class Node(NamedTuple):
     size: int
     mtime_ns: int
     uncached: bool = False
+    owned: Owned | None = None
 
 
 class Tree(Protocol):
@@ -61,3 +74,14 @@ class WritableTree(Tree, Protocol):
 
     def sync(self, handle: int) -> None:
         """Make all that was written to a file durable."""
+
+
+@runtime_checkable
+class OwnedTree(Tree, Protocol):
+    """A tree of files that had a life elsewhere: of every kind, with owners and extended attributes."""
+
+    def target(self, path: str) -> bytes:
+        """Return where a symbolic link leads."""
+
+    def attributes(self, path: str) -> Mapping[bytes, bytes]:
+        """Return the extended attributes of what is at a path."""

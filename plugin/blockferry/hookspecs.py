@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blockferry.hot.source import Source
     from blockferry.repository import Repository
     from blockferry.snapshot import Record, Snapshot, Stability
-    from blockferry.volume import Volume
+    from blockferry.volume import Mount, Volume
 
 PROJECT = "blockferry"
 
@@ -84,6 +84,16 @@ class ChangedBlocks:
 
     extents: ExtentSet
     method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FilesOnDisk:
+    """How the content of a mounted filesystem's files can be read from its device: where FIEMAP says that it lies."""
+
+    device: str
+    """The path of the block device, whose bytes the addresses count."""
+    otherwise: Callable[[int], bool] | None = None
+    """Tells of an open file whether its bytes on the device are not what a reader gets: it is read as a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +174,18 @@ def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | 
 
     :param volume: the volume, already holding still.
     :param declined: called with the reason if it is of this plugin's kind and yet cannot be answered for.
+    """
+
+
+@hookspec(firstresult=True)
+def blockferry_group_extents(mount: Mount, declined: Declined) -> FilesOnDisk | None:
+    """Return how files of a mounted filesystem can be read by their places on its device. Stops at the first answer.
+
+    Without an answer the files of a group are read one by one. What FIEMAP itself marks (inline, compressed, not yet
+    written, ...) is read as a file in any case.
+
+    :param mount: where the filesystem is mounted, of what type it is, and with what options.
+    :param declined: called with the reason if this plugin would be the one to ask, and cannot do it.
     """
 
 

@@ -30,6 +30,7 @@ BUILTIN = (
     "blockferry.used.xfs.reader",
     "blockferry.used.ext4.reader",
     "blockferry.used.fsmap",
+    "blockferry.groups.on_disk",
     "blockferry.hot.buffer",
     "blockferry.hot.onto_target",
     "blockferry.hot.arming",

@@ -14,6 +14,7 @@ from blockferry.blockmap import BlockMap, Kind
 from blockferry.chain import trace
 from blockferry.errors import VerificationError, VolumeError
 from blockferry.extents import ExtentSet
+from blockferry.groups.stored import refuse_group
 from blockferry.layers import Layer
 from blockferry.progress import Progress
 from blockferry.repository import Repository
@@ -58,11 +59,13 @@ def restore(
 ) -> Restored:
     """Write a snapshot's image to a device or file; with `delta`, only the blocks that differ.
 
-    Raise TargetError if the target is not fit for it, DamagedSnapshotError if the repository lacks any byte.
+    Raise TargetError if the target is not fit for it, DamagedSnapshotError if the repository lacks any byte,
+    UsageError if the snapshot is of a group of files.
     """
     began = time.monotonic()
     chain = trace(repository, snapshot)
     record, block_map = chain.newest.record, chain.newest.block_map
+    refuse_group(record)
     wanted = block_map.extents(Kind.DATA, Kind.SAME)
     with (
         contextlib.closing(chain.open(repository)) as image,
@@ -91,6 +94,8 @@ def verify(repository: Repository, snapshot: Snapshot, against: Volume | None, p
     """
     chain = trace(repository, snapshot)
     record, block_map = chain.newest.record, chain.newest.block_map
+    if against is not None:
+        refuse_group(record)
     wanted = block_map.extents(Kind.DATA, Kind.SAME)
     compared = ExtentSet.whole(record.size) if record.zeros_are_content else wanted
     with contextlib.closing(chain.open(repository)) as image:

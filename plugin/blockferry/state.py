@@ -47,13 +47,18 @@ def exclusive(volume: Volume) -> Iterator[None]:
     machine = DiskName.parse(volume.path)
     facts = os.stat(machine.socket if machine else volume.path)
     key = f"device-{facts.st_rdev}" if volume.is_device else f"file-{facts.st_dev}-{facts.st_ino}"
+    with locked(key, f"{volume.path}: another backup of this volume is running"):
+        yield
+
+
+@contextlib.contextmanager
+def locked(key: str, refusal: str) -> Iterator[None]:
+    """Hold a lock of this host's; raise NotNowError, with those words, if another process has it."""
     directory = state_directory() / "locks"
     directory.mkdir(mode=0o700, exist_ok=True)
     with (directory / f"{key}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NotNowError(
-                f"{volume.path}: another backup of this volume is running", remedy="Wait for it, then try again."
-            ) from None
+            raise NotNowError(refusal, remedy="Wait for it, then try again.") from None
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from blockferry.cli.main import cli
+from blockferry.manager import plugin_manager, repository_named
 from blockferry.snapshot import Record
+from groups_support import store_group
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
@@ -80,13 +83,16 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BORG_PASSPHRASE", "secret")
-        (place / "config.yaml").write_text("groups: {small: {volume: /mnt/data, schedule: hourly}}")
+        (place / "config.yaml").write_text(f"groups: {{small: {{volume: {place}, schedule: hourly}}}}")
         patch.setenv("BLOCKFERRY_CONFIG", str(place / "config.yaml"))
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
+        group = stored_group(place / "files", repository)
         return {
             " ".join(words[: 2 if words[0] in {"catalog", "schedule", "udev"} else 1]): blockferry(*words)
             for words in (
+                ("files", group, "--to", place / "back", "--repo", repository),
                 ("used", image),
+                ("group", "small"),
                 ("backup", image, "--repo", repository),
                 ("changed", image, "--repo", repository),
                 ("backup", image, "--repo", repository, "--incremental"),
@@ -111,6 +117,13 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("catalog", "rebuild", "--repo", repository),
             )
         }
+
+
+def stored_group(top: Path, reference: str) -> str:
+    top.mkdir()
+    (top / "file").write_text("content")
+    with contextlib.closing(repository_named(plugin_manager(), reference)) as repository:
+        return store_group(top, repository).id
 
 
 def blockferry(*words: str | Path) -> dict[str, object]:

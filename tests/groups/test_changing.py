@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from blockferry.blockmap import BlockMap
-from blockferry.errors import BaseUnusableError
 from blockferry.groups.backup import GroupResult
 from blockferry.groups.content import Contents
 from blockferry.groups.table import CHANGED, GONE, UNREADABLE
@@ -186,14 +185,14 @@ def test_a_file_that_is_emptied_while_it_is_walked_is_looked_at_again(
     (top / "file").write_bytes(b"before" * 1000)
     plain = Contents.pieces
 
-    def pieces(self: Contents, descriptor: int, facts: os.stat_result) -> bytes:
+    def pieces(self: Contents, descriptor: int, size: int, into: bytearray, *, own: bool = True) -> int:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(top / "file"):
             monkeypatch.setattr(Contents, "pieces", plain)
             os.truncate(top / "file", 0)
-            found = plain(self, descriptor, facts)
+            found = plain(self, descriptor, size, into, own=own)
             (top / "file").write_bytes(b"afterwards")
             return found
-        return plain(self, descriptor, facts)
+        return plain(self, descriptor, size, into, own=own)
 
     monkeypatch.setattr(Contents, "pieces", pieces)
     repository = Memory()
@@ -229,22 +228,6 @@ def test_a_file_that_cannot_be_read_does_not_take_the_others_with_it(
         group = opened(repository, result)
         stored = dict(zip(group.table.paths(), contents(group), strict=True))
         assert stored == {b"": b"", b"broken": b"", b"sound": b"sound" * 100}
-
-
-def test_a_base_that_cannot_be_used_has_everything_packed_anew(top: Path) -> None:
-    repository = Memory()
-    back_up(top, repository)
-    (top / "new").write_bytes(b"new")
-
-    def fail() -> None:
-        raise BaseUnusableError("the base has lost chunks")
-
-    repository.__class__ = Busy
-    repository.happens = fail  # type: ignore[attr-defined]
-    second = back_up(top, repository)
-    assert second.result.record.base is None
-    assert "lost chunks" in second.result.record.tier_reason
-    assert_same(repository, second, top)
 
 
 def test_another_hosts_snapshots_of_the_same_name_are_passed_by(top: Path, disk: Path) -> None:

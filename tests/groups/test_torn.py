@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockferry.groups import again
 from blockferry.groups import backup as backup_module
+from blockferry.groups import second_look
 from blockferry.groups.image import GroupImage
 from blockferry.groups.table import CHANGED, GONE, UNREADABLE
 from groups_disks_support import Memory, assert_same, back_up, contents, filesystem, opened
@@ -228,7 +228,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GroupImage, "read_into", read_slowly)
     monkeypatch.setattr(backup_module, "wait_out", wait_longer)
-    monkeypatch.setattr(again, "_PATIENCE", 0.5)
+    monkeypatch.setattr(second_look, "_PATIENCE", 0.5)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "ext4-seconds"])

@@ -17,6 +17,7 @@ from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, PartialError, UsageError
+from blockferry.groups.stored import refuse_group
 from blockferry.hot import arming, attachment, client, showing_up
 from blockferry.hot import udev as rules
 from blockferry.hot import watch as watching
@@ -162,7 +163,7 @@ def _with_snapshot(context: Context, wanted: Armed, snapshot: str) -> Armed:
     with context.repository(wanted.repository) as repository:
         listed = repository.snapshots()
         found = find(listed, snapshot)
-        trace(repository, found, listed)
+        refuse_group(trace(repository, found, listed).newest.record)
         return dataclasses.replace(wanted, snapshot=found.id)
 
 

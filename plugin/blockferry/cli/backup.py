@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import click
 from rich.filesize import decimal
 
@@ -9,14 +14,18 @@ from blockferry.backup import Result, back_up
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import log
 from blockferry.difference import LATEST, Choice
-from blockferry.errors import BlockferryError
+from blockferry.errors import BlockferryError, UsageError
 from blockferry.hookspecs import FreezeOptions
 from blockferry.volume import Volume
 
+if TYPE_CHECKING:
+    from blockferry.groups.definition import Group
+
 
 @click.command()
-@click.argument("volume")
+@click.argument("volume", metavar="VOLUME|GROUP", required=False)
 @repository_option
+@click.option("--due", is_flag=True, help="Back up the groups whose time has come by their schedules, as cron may ask.")
 @click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
 @click.option(
     "--fsfreeze",
@@ -45,8 +54,9 @@ from blockferry.volume import Volume
 @click.pass_obj
 def backup(
     context: Context,
-    volume: str,
+    volume: str | None,
     reference: str | None,
+    due: bool,
     name: str,
     fsfreeze: float | None,
     allow_live: bool,
@@ -57,10 +67,29 @@ def backup(
 ) -> None:
     """Store VOLUME as one snapshot: the blocks in use, of which those are read that changed since an earlier one.
 
+    GROUP is the name of a group of files in the configuration: its files are stored, read in the order of the disk.
+
     \b
     Example:
       blockferry backup /dev/vg/home --repo borg:ssh://nas/./volumes
     """
+    if due:
+        if volume or reference:
+            raise UsageError(
+                "--due takes no volume or repository", remedy="The configuration says what is due, and where to."
+            )
+        _groups().back_up_due(context)
+        return
+    if not volume:
+        raise UsageError("no volume or group was named", remedy="Name one, or say --due for the groups that are due.")
+    only = {"--name": name, "--fsfreeze": fsfreeze, "--allow-live": allow_live, "--incremental": incremental}
+    group = _named_group(context, volume, only | {"--tracker": tracker})
+    if group:
+        _groups().back_up_one(context, group, reference, since)
+        return
+    configured = None if "/" in volume else context.configuration.volumes.get(volume)
+    if configured:
+        volume, name, reference = configured.path, name or volume, reference or configured.repository
     found = Volume.discover(volume, name)
     with context.repository(reference) as repository:
         result = back_up(
@@ -100,3 +129,18 @@ def _sentence(result: Result) -> str:
     if record.tier_reason:
         lines.append(f"  {record.tier_reason}")
     return "\n".join(lines)
+
+
+def _named_group(context: Context, name: str, options: Mapping[str, object]) -> Group | None:
+    """Return the group of a name, None if it is no group's; UsageError for options that are of volumes only."""
+    if "/" in name or name not in context.configuration.groups:
+        return None
+    given = [option for option, value in options.items() if value]
+    if given:
+        raise UsageError(f"{name}: is a group of files; {', '.join(given)} is for volumes", remedy="Leave it out.")
+    return context.configuration.group(name)
+
+
+def _groups() -> ModuleType:
+    """Return what backs groups up: a backup of a volume need not load it."""
+    return importlib.import_module("blockferry.cli.group")

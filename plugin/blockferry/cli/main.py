@@ -18,11 +18,14 @@ from blockferry.errors import BlockferryError
 COMMANDS = {
     "used": "inspect",
     "changed": "inspect",
+    "group": "group",
     "backup": "backup",
     "snapshots": "inspect",
     "show": "inspect",
     "restore": "restore",
     "verify": "restore",
+    "files": "files",
+    "mount": "mount",
     "attach": "hot",
     "serve": "serve",
     "status": "hot",
@@ -100,6 +103,8 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except SystemExit as error:  # rich's way to say that whoever read a table went away
+        return 128 + signal.SIGPIPE if error.code else 0
     except BrokenPipeError:
         # Whoever read our output went away; what stdout still holds must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

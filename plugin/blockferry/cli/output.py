@@ -75,6 +75,23 @@ class Output:
             yield lines.advance
             lines.finish()
 
+    @contextlib.contextmanager
+    def count(self, name: str) -> Iterator[Advance]:
+        """Show how many there are so far: on a terminal as they are found, elsewhere at the end."""
+        if self.verbosity >= 0 and sys.stderr.isatty() and not self.log_json:
+            from blockferry.cli.terminal import counter  # noqa: PLC0415  # see there
+
+            with counter(name) as advance:
+                yield advance
+            return
+        found = [0]
+
+        def advance_silently(count: int) -> None:
+            found[0] += count
+
+        yield advance_silently
+        log.info("%s: %d", name, found[0])
+
     def progress_line(self, name: str, done: int, total: int, seconds: float) -> None:
         """Say in one line how far a task is."""
         rate = done / seconds if seconds else 0.0

@@ -8,31 +8,40 @@ reported. So a file is as it was at one instant, or said not to be.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pluggy
 
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
-from blockferry.errors import BaseUnusableError, DamagedSnapshotError, VolumeError
-from blockferry.groups.again import SecondLook
-from blockferry.groups.content import Contents
+from blockferry.errors import DamagedSnapshotError, VolumeError
+from blockferry.extents import ExtentSet
 from blockferry.groups.definition import Group
 from blockferry.groups.image import GroupImage
 from blockferry.groups.packing import Packed, pack
 from blockferry.groups.place import Filesystem
 from blockferry.groups.scope import Scope
+from blockferry.groups.second_look import SecondLook
 from blockferry.groups.stored import read_table
-from blockferry.groups.table import FileTable
-from blockferry.groups.walk import Known, Walker, wait_out
+from blockferry.groups.table import BESIDE, FileTable
+from blockferry.groups.tracking import Tracking
+from blockferry.groups.walk import Known, Walked, Walker, wait_out
+from blockferry.layers import BaseLayer, Layer
+from blockferry.manager import plugin_manager
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
+from blockferry.state import locked
 
 log = logging.getLogger(__name__)
 
@@ -52,26 +61,6 @@ class Earlier:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Began:
-    """When a backup began: by the clock that files go by, in ns, and by one that is never set."""
-
-    at: int = dataclasses.field(default_factory=time.time_ns)
-    clock: float = dataclasses.field(default_factory=time.monotonic)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a backup is to do."""
-
-    group: Group
-    repository: Repository
-    scope: Scope
-    filesystem: Filesystem
-    began: _Began
-    progress: Progress
-
-
-@dataclasses.dataclass(frozen=True)
 class GroupResult:
     """What a backup of a group did, and which of its files are not stored as they should be."""
 
@@ -79,56 +68,145 @@ class GroupResult:
     entries: int
     problems: tuple[tuple[bytes, str], ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what `backup --json` prints of a group."""
+        problems = [{"path": os.fsdecode(path), "reason": reason} for path, reason in self.problems]
+        return self.result.as_json() | {
+            "group": self.result.record.volume,
+            "entries": self.entries,
+            "problems": problems,
+        }
 
-def back_up_group(group: Group, repository: Repository, *, since: str, progress: Progress) -> GroupResult:
-    """Store a group of files as one snapshot. All or nothing, but for single files that are reported.
 
-    Raise VolumeError if the root is no directory, and whatever the repository raises.
+def back_up_groups(
+    manager: pluggy.PluginManager, wanted: Sequence[tuple[Group, Repository]], *, since: str, progress: Progress
+) -> Iterator[GroupResult]:
+    """Store groups of files that are on one filesystem, one snapshot each: what several of them have is read once.
+
+    Each is all or nothing, but for single files that are reported. Raise NotNowError if another backup of a group
+    runs, VolumeError if a root is no directory, and whatever the repository raises.
     """
-    began = _Began()
+    with contextlib.ExitStack() as held:
+        begun = [held.enter_context(_begin(manager, *each, since, progress)) for each in wanted]
+        disk = held.enter_context(_disk(begun))
+        for each in begun:
+            yield each.store(disk, progress)
+
+
+@contextlib.contextmanager
+def _begin(
+    manager: pluggy.PluginManager, group: Group, repository: Repository, since: str, progress: Progress
+) -> Iterator[_Begun]:
+    """Walk a group, and plan its image."""
+    began, started = time.time_ns(), time.monotonic()
     scope = Scope.of(group)
-    filesystem = Filesystem.of(scope.root)
-    missing = list(scope.missing())
-    _sync(scope.root)
-    earlier, reason = find_earlier(repository, group, filesystem, since)
-    job = _Job(group, repository, scope, filesystem, began, progress)
-    try:
-        stored = _store(job, earlier, reason)
-    except (BaseUnusableError, DamagedSnapshotError) as error:
-        if not earlier:
-            raise
-        log.warning("%s; reading every file", error.message)
-        stored = _store(job, None, error.message)
-    return dataclasses.replace(stored, problems=(*missing, *stored.problems))
-
-
-def _store(job: _Job, earlier: Earlier | None, reason: str) -> GroupResult:
-    """Walk, pack and store, going on from an earlier snapshot or not."""
-    group, repository, scope, filesystem, progress = job.group, job.repository, job.scope, job.filesystem, job.progress
-    contents = Contents(
-        addressable=filesystem.addressable, checks_flags=filesystem.checks_flags, device=os.stat(scope.root).st_dev
-    )
-    known = Known.of(earlier.table, earlier.began) if earlier else None
-    with Walker(scope, contents, known) as walker, filesystem.disk() as disk:
-        with progress.task("walk", 0) as advance:
-            walked = walker.walk(advance)
-        wait_out(walked.entries["ctime"])
+    filesystem = Filesystem.of(manager, scope.root)
+    snapshot, created = new_snapshot_id(), now()
+    tracking = Tracking.of(manager, filesystem, group)
+    with (
+        locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"),
+        tracking.begun(snapshot, created, repository) as checkpoints,
+    ):
         _sync(scope.root)
-        # Chunks are taken over as they are.
-        unit = earlier.record.unit if earlier else repository.unit(int(walked.pieces["length"].sum()))
-        packed = pack(walked, earlier.table if earlier else None, earlier.record.size if earlier else 0, unit)
-        record = _describe(group, filesystem, packed, earlier, reason, unit, job.began.at)
-        look = SecondLook(scope.root, walker, walked, packed)
-        image = GroupImage(packed, unit, disk, look.read_file, look.seal)
-        taken = packed.block_map.extents(Kind.SAME).align(unit, record.size)
-        bases = [Base(earlier.snapshot, taken)] if earlier and taken else []
+        earlier, reason = find_earlier(repository, group, filesystem, since)
+        known = Known.of(earlier.table, earlier.began) if earlier else None
+        with Walker(scope, filesystem.contents, known) as walker:
+            with progress.count("files and directories") as advance:
+                walked = walker.walk(advance)
+            size = earlier.record.size if earlier else 0
+            unit = earlier.record.unit if earlier else repository.unit(int(walked.pieces["length"].sum()))
+            # What was written before a file was seen is on the disk, and known to a tracker, from here on; what is
+            # written later changes the file's time.
+            wait_out(walked.entries["ctime"])
+            _sync(scope.root)
+            unchanged = tracking.unchanged(earlier.record) if earlier else None
+            packed = pack(walked, earlier.table if earlier else None, size, unit, unchanged)
+            record = _describe(group, filesystem, packed, earlier, reason, unit, began)
+            record = dataclasses.replace(
+                record, snapshot=snapshot, created=created, checkpoints=checkpoints, tracker=tracking.method
+            )
+            took = time.monotonic() - started
+            yield _Begun(scope, filesystem, repository, walker, walked, packed, record, earlier, took)
+
+
+def back_up_group(
+    group: Group, repository: Repository, *, since: str, progress: Progress, manager: pluggy.PluginManager | None = None
+) -> GroupResult:
+    """Store one group; see `back_up_groups`."""
+    asked = manager or plugin_manager()
+    (result,) = back_up_groups(asked, [(group, repository)], since=since, progress=progress)
+    return result
+
+
+@contextlib.contextmanager
+def _disk(begun: Sequence[_Begun]) -> Iterator[Layer | None]:
+    """Open the device; what several groups have is read by way of the page cache, and so once."""
+    volume = begun[0].filesystem.volume
+    if volume is None:
+        yield None
+        return
+    seen, shared = ExtentSet.empty(), ExtentSet.empty()
+    for each in begun:
+        runs = each.packed.runs[each.packed.runs["address"] != BESIDE]
+        mine = ExtentSet.from_ranges(runs["address"], runs["address"] + runs["length"])
+        shared = shared.union(seen.intersection(mine))
+        seen = seen.union(mine)
+    with volume.open_data() as disk, volume.open() as cached:
+        yield Shared(disk, cached, shared) if shared else disk
+
+
+class Shared(BaseLayer):
+    """A device of which some extents will be read more than once, soon: these by way of the page cache."""
+
+    def __init__(self, disk: Layer, cached: Layer, shared: ExtentSet) -> None:
+        self.size = disk.size
+        self.extents = disk.extents
+        self._disk, self._cached, self._shared = disk, cached, shared
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer."""
+        often = bool(self._shared.clip(offset, offset + len(buffer)))
+        (self._cached if often else self._disk).read_into(offset, buffer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """One group's backup, walked and planned."""
+
+    scope: Scope
+    filesystem: Filesystem
+    repository: Repository
+    walker: Walker
+    walked: Walked
+    packed: Packed
+    record: Record
+    earlier: Earlier | None
+    seconds: float
+    """What it took so far."""
+
+    def store(self, disk: Layer | None, progress: Progress) -> GroupResult:
+        """Store the group, of which `disk` has the content that has an address."""
+        began = time.monotonic()
+        record, packed = self.record, self.packed
+        look = SecondLook(self.scope.root, self.walker, self.walked, packed)
+        tables: list[bytes] = []
+
+        def seal() -> dict[int, bytes]:
+            fresh, table = look.finish()
+            tables.append(table.to_bytes())
+            return {packed.late[0]: fresh, packed.table_place[0]: tables[0]}
+
+        image = GroupImage(packed, record.unit, disk, look.read_file, seal, look.was_read)
+        taken = packed.block_map.extents(Kind.SAME).align(record.unit, record.size)
+        bases = [Base(self.earlier.snapshot, taken)] if self.earlier and taken else []
         work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
         with progress.task("backup", work) as advance:
-            stored = repository.store(image, packed.block_map, record, bases=bases, advance=advance)
-    remember_table(stored.snapshot, look.sealed)
-    seconds = time.monotonic() - job.began.clock
-    result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
-    return GroupResult(result, len(packed.table), (*walked.problems, *look.problems))
+            stored = self.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
+        remember_table(stored.snapshot, tables[0])
+        seconds = self.seconds + time.monotonic() - began
+        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
+        problems = (*self.scope.missing(), *self.walked.problems, *look.problems)
+        return GroupResult(result, len(packed.table), problems)
 
 
 def find_earlier(
@@ -183,8 +261,8 @@ def _describe(
     """Return the record of a snapshot that is about to be stored."""
     table = packed.table
     return Record(
-        snapshot=new_snapshot_id(),
-        created=now(),
+        snapshot="",
+        created="",
         host=socket.gethostname(),
         volume=group.name,
         path=os.fsdecode(filesystem.root),
@@ -194,7 +272,7 @@ def _describe(
         identity=filesystem.identity,
         tier=Tier.CHANGED if earlier else Tier.USED,
         tier_reason="; ".join(filter(None, (reason, filesystem.reason))),
-        method="extents of files" if filesystem.addressable else "reading files",
+        method="extents of files" if filesystem.volume else "reading files",
         stability=Stability.LIVE,
         freeze="looking at each file again after it was read",
         unit=unit,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,27 +18,24 @@ PIECE = np.dtype([("logical", "<i8"), ("address", "<i8"), ("length", "<i8")])
 """A piece of a file as it was found; an address of BESIDE: to be read through the filesystem."""
 
 _FIEMAP = 0xC020660B
-_FS_IOC_GETFLAGS = 0x80086601
-_ENCODED_FILES = 0x4 | 0x800 | 0x4000
-"""Inode flags: compressed, encrypted, data journaled. What is on the disk is not what a reader sees."""
 _LAST, _UNWRITTEN = 0x1, 0x800
 _NO_ADDRESS = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _ROOM = 64
 _HEAD = struct.Struct("=QQIIII")
 _FOUND = struct.Struct("=QQQ16xI12x")
+_MAPPED, _MAPPED_AT = struct.Struct("=I"), 20
 _PIECE = struct.Struct("=qqq")
 _END = (1 << 64) - 1
 _HOLE = -2
 
 
 class Contents:
-    """Asks for the pieces of files. `addressable`: what the filesystem says is where the device has the bytes."""
+    """Asks for the pieces of files."""
 
-    def __init__(self, *, addressable: bool, checks_flags: bool, device: int) -> None:
-        """`checks_flags`: single files may be kept in a way of their own, as on ext4; `device`: st_dev of all this."""
-        self.device = device
+    def __init__(self, *, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
+        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`."""
         self.addressable = addressable
-        self.checks_flags = checks_flags
+        self.otherwise = otherwise
         self.mapped = True
         """Whether the filesystem says anything at all."""
         self._buffer = bytearray(_HEAD.size + _ROOM * _FOUND.size)
@@ -49,53 +48,55 @@ class Contents:
         except PermissionError:  # O_NOATIME is for the owner
             return os.open(name, flags, dir_fd=directory)
 
-    def pieces(self, descriptor: int, facts: os.stat_result) -> bytes:
-        """Return the pieces, PIECE each, of an open file, given what it is; what was never written is left out.
+    def pieces(self, descriptor: int, size: int, into: bytearray, *, own: bool = True) -> int:
+        """Append the pieces, PIECE each, of an open file that has so many bytes; return how many there are.
 
-        ext4, XFS and btrfs answer when a write that is under way is over.
+        What was never written is left out. `own`: it is of this filesystem, and not mounted over a file of it. ext4,
+        XFS and btrfs answer when a write that is under way is over. Raise OSError; FileNotFoundError for what is no
+        regular file.
         """
-        own = facts.st_dev == self.device
+        before = len(into)
         if self.mapped:
             try:
-                return self._mapped(descriptor, facts.st_size, own=own)
+                return self._mapped(descriptor, size, into, own=own)
             except OSError as error:
+                del into[before:]  # else those of the next file would be taken for these
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                     raise
-                # What is mounted over a single file says nothing of the others.
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise FileNotFoundError(errno.ENOENT, "it was replaced by something else") from None
                 self.mapped = not own
-        return _data(descriptor, facts.st_size)
+        return _data(descriptor, size, into)
 
-    def _mapped(self, descriptor: int, size: int, *, own: bool) -> bytes:
+    def _mapped(self, descriptor: int, size: int, into: bytearray, *, own: bool) -> int:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
-        found = bytearray()
-        start, last, buffer = 0, False, self._buffer
-        plain = own and self.addressable and not (self.checks_flags and self._encoded(descriptor))
+        start, found, last, buffer = 0, 0, False, self._buffer
+        plain = own and self.addressable and not (self.otherwise and self.otherwise(descriptor))
         while not last:
             _HEAD.pack_into(buffer, 0, start, _END - start, 0, 0, _ROOM, 0)
             fcntl.ioctl(descriptor, _FIEMAP, buffer)
-            count = _HEAD.unpack_from(buffer)[3]
+            count = _MAPPED.unpack_from(buffer, _MAPPED_AT)[0]
             if not count:
                 break
-            for number in range(count):
-                logical, address, length, flags = _FOUND.unpack_from(buffer, _HEAD.size + number * _FOUND.size)
+            for place in range(_HEAD.size, _HEAD.size + count * _FOUND.size, _FOUND.size):
+                logical, address, length, flags = _FOUND.unpack_from(buffer, place)
                 start = logical + length
-                last = bool(flags & _LAST)
-                if flags & _UNWRITTEN or logical >= size:
+                if flags:
+                    last = bool(flags & _LAST)
+                    if flags & _UNWRITTEN:
+                        continue
+                if logical >= size:
                     continue
-                if flags & _NO_ADDRESS or not plain:
+                if not plain or flags & _NO_ADDRESS:
                     address = BESIDE
-                found += _PIECE.pack(logical, address, min(start, size) - logical)
-        return bytes(found)
-
-    def _encoded(self, descriptor: int) -> bool:
-        """Tell whether a file's bytes on the disk are not what a reader gets, or may be elsewhere too."""
-        flags: int = struct.unpack_from("=l", fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(8)))[0]
-        return bool(flags & _ENCODED_FILES)
+                into += _PIECE.pack(logical, address, min(start, size) - logical)
+                found += 1
+        return found
 
 
-def _data(descriptor: int, size: int) -> bytes:
-    """Return a file's pieces by lseek(2): its holes are all that is known."""
-    found, place = bytearray(), 0
+def _data(descriptor: int, size: int, into: bytearray) -> int:
+    """Append a file's pieces by lseek(2): its holes are all that is known."""
+    found, place = 0, 0
     while place < size:
         try:
             start = os.lseek(descriptor, place, os.SEEK_DATA)
@@ -105,8 +106,9 @@ def _data(descriptor: int, size: int) -> bytes:
                 break
             start, place = place, size
         if start < size:  # it may have grown meanwhile
-            found += _PIECE.pack(start, BESIDE, min(place, size) - start)
-    return bytes(found)
+            into += _PIECE.pack(start, BESIDE, min(place, size) - start)
+            found += 1
+    return found
 
 
 def compare(then: bytes, now: bytes) -> tuple[bool, bool]:

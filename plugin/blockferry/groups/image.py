@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from blockferry.layers import BaseLayer, Layer
 _GAP = 64 << 10
 """Bytes on the disk that are cheaper to read through than to leave out."""
 _BLOCK = 4096
+_SCRATCH = 8 << 20
+"""Bytes of the volume that are read at a time, at most."""
 _STALLED = 300.0
 """Seconds without any read after which whoever asks for the end of the image is told that it is too early."""
 
@@ -30,8 +33,19 @@ Seal = Callable[[], dict[int, bytes]]
 class GroupImage(BaseLayer):
     """The data of a group's image. What of it comes last says how the rest of it went, and so waits for it."""
 
-    def __init__(self, packed: Packed, unit: int, disk: Layer | None, read_file: ReadFile, seal: Seal) -> None:
-        """`unit` is the size of the chunks in which the image will be read, each whole and once; `disk` the volume."""
+    def __init__(
+        self,
+        packed: Packed,
+        unit: int,
+        disk: Layer | None,
+        read_file: ReadFile,
+        seal: Seal,
+        was_read: Callable[[int], None],
+    ) -> None:
+        """`unit` is the size of the chunks in which the image will be read, each whole and once; `disk` the volume.
+
+        `was_read` is told up to which place of the image all was read.
+        """
         self.size = packed.block_map.size
         self.extents = packed.read.union(ExtentSet.from_pairs([packed.late, packed.table_place]))
         self.bytes_read = 0
@@ -44,14 +58,19 @@ class GroupImage(BaseLayer):
         self._sealing = threading.Lock()
         self._last = packed.late[0]
         self._coverage = _Coverage(packed.read, unit)
+        self._was_read = was_read
+        self._idle: list[memoryview] = []
+        """Buffers that the device can read into, page-aligned."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer; raise VolumeError if the volume or a file fails."""
+        if offset >= self._last:
+            self._read_end(offset, buffer)
+            return
         if offset + len(buffer) > self._last:
-            before = max(0, self._last - offset)
-            if before:
-                self.read_into(offset, buffer[:before])
-            self._read_end(offset + before, buffer[before:])
+            # One read over both: what comes last is not known before the rest was read.
+            self.read_into(offset, buffer[: self._last - offset])
+            self.read_into(self._last, buffer[self._last - offset :])
             return
         _fill(buffer, self._gaps(offset, len(buffer)))
         try:
@@ -60,7 +79,7 @@ class GroupImage(BaseLayer):
         except BaseException as error:
             self._coverage.fail(error)
             raise
-        self._coverage.mark(offset, len(buffer))
+        self._was_read(self._coverage.mark(offset, len(buffer)))
 
     def _which(self, offset: int, length: int) -> slice:
         """Return the runs that lie in a stretch of the image, if only in part."""
@@ -90,7 +109,8 @@ class GroupImage(BaseLayer):
         after = runs["address"][:-1] + runs["length"][:-1]
         distance = runs["address"][1:] - after
         apart = (distance < 0) | (distance > _GAP) | (runs["address"][1:] == BESIDE) | (runs["address"][:-1] == BESIDE)
-        yield from np.split(runs, np.flatnonzero(apart) + 1)
+        for near in np.split(runs, np.flatnonzero(apart) + 1):
+            yield from _cut(near)
 
     def _read_span(self, runs: npt.NDArray[np.void], offset: int, buffer: memoryview) -> None:
         """Read runs that lie close to each other on the volume, or one of a file, into their places of the buffer."""
@@ -105,12 +125,13 @@ class GroupImage(BaseLayer):
             raise VolumeError("there is no volume to read from")
         begin = address // _BLOCK * _BLOCK
         end = min(-(-int(runs["address"][-1] + runs["length"][-1]) // _BLOCK) * _BLOCK, self._disk.size)
-        scratch = memoryview(bytearray(end - begin))
-        self._disk.read_into(begin, scratch)
+        scratch = self._idle.pop() if self._idle else memoryview(mmap.mmap(-1, _SCRATCH))
+        self._disk.read_into(begin, scratch[: end - begin])
         self.bytes_read += end - begin
         places, lengths = (runs["place"] - offset).tolist(), runs["length"].tolist()
         for place, length, source in zip(places, lengths, (runs["address"] - begin).tolist(), strict=True):
             buffer[place : place + length] = scratch[source : source + length]
+        self._idle.append(scratch)
 
     def _read_end(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from what is made when everything else was read."""
@@ -131,21 +152,30 @@ class _Coverage:
     def __init__(self, extents: ExtentSet, unit: int) -> None:
         self._extents = extents
         self._unit = unit
-        self._left = sum(length // unit for _start, length in extents.align(unit, 1 << 62))
+        chunks = extents.align(unit, 1 << 62)
+        self._left = chunks.total // unit
+        self._front = int(chunks.starts[0]) // unit if chunks else 0
+        """The first chunk that was not read."""
         self._parts: dict[int, ExtentSet] = {}
         """Of chunks that were read in part: what is left."""
         self._done: set[int] = set()
+        """Those behind it that were."""
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
-    def mark(self, offset: int, length: int) -> None:
-        """Note that a stretch was read."""
+    def mark(self, offset: int, length: int) -> int:
+        """Note that a stretch was read; return up to where all was."""
         end = offset + length
         with self._changed:
             for number in range(offset // self._unit, -(-end // self._unit)):
-                if number not in self._done:
+                if number >= self._front and number not in self._done:
                     self._mark(number, offset, end)
-            self._changed.notify_all()
+            while self._front in self._done:
+                self._done.remove(self._front)
+                self._front += 1
+            if self._left <= 0:
+                self._changed.notify_all()
+            return self._front * self._unit
 
     def _mark(self, number: int, offset: int, end: int) -> None:
         """Note what of a chunk was read. One that has nothing to be read does not count."""
@@ -154,8 +184,9 @@ class _Coverage:
         left = before.clip(start, offset).union(before.clip(end, stop))
         if left:
             self._parts[number] = left
-        elif before:
-            self._done.add(number)
+            return
+        self._done.add(number)
+        if before:
             self._left -= 1
 
     def fail(self, error: BaseException) -> None:
@@ -175,6 +206,27 @@ class _Coverage:
                     )
             if self._failure is not None:
                 raise self._failure
+
+
+def _cut(runs: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
+    """Yield runs that lie close to each other, a read of the volume at a time."""
+    most = _SCRATCH - 2 * _BLOCK
+    while runs.size and runs["address"][0] != BESIDE:
+        begin = int(runs["address"][0])
+        fits = int(np.searchsorted(runs["address"] + runs["length"], begin + most, side="right"))
+        if fits:
+            yield runs[:fits]
+            runs = runs[fits:]
+        else:
+            first = runs[:1].copy()
+            first["length"] = most // _BLOCK * _BLOCK
+            yield first
+            runs = runs.copy()
+            for column in ("place", "address", "logical"):
+                runs[column][0] += first["length"][0]
+            runs["length"][0] -= first["length"][0]
+    if runs.size:
+        yield runs
 
 
 def open_row(root: bytes, path: bytes) -> int:

@@ -12,7 +12,6 @@ is not in use any more, everything is packed anew.
 from __future__ import annotations
 
 import dataclasses
-import stat
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,9 @@ from blockferry.groups.walk import Walked
 
 RUN = np.dtype([("place", "<i8"), ("length", "<i8"), ("address", "<i8"), ("row", "<i8"), ("logical", "<i8")])
 """What is to be read for a stretch of the image: the volume at an address, or, BESIDE, a row's file at an offset."""
+
+_SEGMENT = np.dtype([("address", "<i8"), ("length", "<i8"), ("place", "<i8")])
+"""A stretch of the volume, and where in the image it is."""
 
 _LATE_SHARE, _MOST_LATE = 64, 64 << 20
 """Room for files that change while they are read: this part of what is new, at most so many bytes."""
@@ -51,17 +53,23 @@ class Packed:
     """So much of what is taken over is not in use any more that the next backup should pack anew."""
 
 
-def pack(walked: Walked, base: FileTable | None, base_size: int, unit: int) -> Packed:
+def pack(
+    walked: Walked, base: FileTable | None, base_size: int, unit: int, unchanged: ExtentSet | None = None
+) -> Packed:
     """Return the image of what was walked, over that of the snapshot whose files are `known` in it, if there is one.
 
-    `unit` is the size of the repository's chunks.
+    `unit` is the size of the repository's chunks. `unchanged` are the bytes of the volume of which it is known that
+    nobody wrote to them since that snapshot: whatever it has from there is taken over too.
     """
-    rows, pieces = _own_pieces(walked)
+    rows, pieces = own_pieces(walked)
     kept_rows, kept = _kept(walked, base)
-    same = ExtentSet.from_ranges(kept["place"], kept["place"] + kept["length"])
+    still = _still_there(base, unchanged) if base and unchanged else np.empty(0, _SEGMENT)
+    taken = _touched(still, pieces)
+    places = np.concatenate([kept["place"], taken["place"]])
+    same = ExtentSet.from_ranges(places, places + np.concatenate([kept["length"], taken["length"]]))
     begin = _up(same.end, unit) if same else 0
-    places, runs, end = _place(walked, rows, pieces, begin, unit)
-    table = _table(walked, (kept_rows, kept), (rows, pieces, places))
+    (new_rows, new), runs, end = _place(walked, rows, pieces, taken, begin, unit)
+    table = _table(walked, np.concatenate([kept_rows, new_rows]), np.concatenate([kept, new]))
 
     fresh = ExtentSet.from_ranges(runs["place"], runs["place"] + runs["length"])
     late = (_up(end, unit), _up(min(_MOST_LATE, fresh.total // _LATE_SHARE), unit) or unit)
@@ -69,7 +77,7 @@ def pack(walked: Walked, base: FileTable | None, base_size: int, unit: int) -> P
     end = sum(table_place)
     size = base_size if end <= base_size else _up(2 * end, unit)
     whole = fresh.union(ExtentSet.from_pairs([late, table_place]))
-    taken = same.align(unit, size).total
+    held = same.align(unit, size).total
     return Packed(
         table,
         runs,
@@ -77,11 +85,11 @@ def pack(walked: Walked, base: FileTable | None, base_size: int, unit: int) -> P
         fresh,
         late,
         table_place,
-        taken - same.total > max(same.total, _WASTE_THAT_COUNTS),
+        held - same.total > max(same.total, _WASTE_THAT_COUNTS),
     )
 
 
-def _own_pieces(walked: Walked) -> tuple[Rows, npt.NDArray[np.void]]:
+def own_pieces(walked: Walked) -> tuple[Rows, npt.NDArray[np.void]]:
     """Return the row of each piece of a file that is not a further hard link, and the pieces, adjoining ones joined."""
     rows = np.repeat(np.arange(walked.entries.size), np.diff(walked.piece_ends, prepend=0))
     own = walked.entries["link"][rows] < 0
@@ -110,48 +118,109 @@ def _kept(walked: Walked, base: FileTable | None) -> tuple[Rows, npt.NDArray[np.
     return np.repeat(rows, counts), base.extents[np.repeat(ends - counts, counts) + steps]
 
 
+def _still_there(base: FileTable, unchanged: ExtentSet) -> npt.NDArray[np.void]:
+    """Return which bytes of the volume are in the base's image as they are now, SEGMENT each, by address."""
+    sound = np.repeat(base.entries["flags"] == 0, np.diff(base.extent_ends, prepend=0))
+    extents = base.extents[sound & (base.extents["address"] != BESIDE)]
+    extents = extents[np.argsort(extents["address"], kind="stable")]
+    ends = np.maximum.accumulate(np.append(0, extents["address"] + extents["length"]))[:-1]
+    extents = extents[extents["address"] >= ends]  # of what several files share, once is enough
+    return _cut(extents["address"], extents["length"], extents["place"], unchanged)
+
+
+def _touched(still: npt.NDArray[np.void], pieces: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Return those of the segments, cut, that pieces of files lie on."""
+    on_disk = pieces[pieces["address"] != BESIDE]
+    disk = ExtentSet.from_ranges(on_disk["address"], on_disk["address"] + on_disk["length"])
+    return _cut(still["address"], still["length"], still["place"], disk)
+
+
+def _cut(addresses: Rows, lengths: Rows, places: Rows, wanted: ExtentSet) -> npt.NDArray[np.void]:
+    """Return what of disjoint segments, sorted by address, lies in an extent set."""
+    if not addresses.size or not wanted:
+        return np.empty(0, _SEGMENT)
+    cuts = np.unique(np.concatenate([addresses, addresses + lengths, wanted.starts, wanted.ends]))
+    starts, ends = cuts[:-1], cuts[1:]
+    which = np.searchsorted(addresses, starts, side="right") - 1
+    extent = np.searchsorted(wanted.starts, starts, side="right") - 1
+    inside = (which >= 0) & (extent >= 0)
+    inside &= (starts < (addresses + lengths)[which]) & (starts < wanted.ends[extent])
+    found = np.empty(int(inside.sum()), _SEGMENT)
+    found["address"], found["length"] = starts[inside], (ends - starts)[inside]
+    found["place"] = places[which[inside]] + starts[inside] - addresses[which[inside]]
+    return found
+
+
 def _place(
-    walked: Walked, rows: Rows, pieces: npt.NDArray[np.void], begin: int, unit: int
-) -> tuple[Rows, npt.NDArray[np.void], int]:
-    """Return where each piece goes in the image from `begin` on, what is to be read for it, and where that ends."""
-    places = np.zeros(rows.size, np.int64)
-    large = _on_their_own(walked, rows, pieces, unit)
+    walked: Walked, rows: Rows, pieces: npt.NDArray[np.void], taken: npt.NDArray[np.void], begin: int, unit: int
+) -> tuple[tuple[Rows, npt.NDArray[np.void]], npt.NDArray[np.void], int]:
+    """Return the extents of the pieces, with their rows, what is to be read for them, and where in the image that ends.
+
+    What is `taken` has its place already; everything else is placed from `begin` on.
+    """
+    large = _on_their_own(walked, rows, pieces, taken, unit)
     beside = pieces["address"] == BESIDE
     tight = ~large & ~beside
     disk = ExtentSet.from_ranges(pieces["address"][tight], pieces["address"][tight] + pieces["length"][tight])
-    lengths = disk.ends - disk.starts
-    begins = begin + np.cumsum(lengths) - lengths
-    number = np.searchsorted(disk.starts, pieces["address"][tight], side="right") - 1
-    places[tight] = begins[number] + pieces["address"][tight] - disk.starts[number]
-    end = begin + disk.total
+    new = disk.difference(ExtentSet.from_ranges(taken["address"], taken["address"] + taken["length"]))
+    segments = np.empty(len(new), _SEGMENT)
+    segments["address"], segments["length"] = new.starts, new.ends - new.starts
+    segments["place"] = begin + np.cumsum(segments["length"]) - segments["length"]
+    end = begin + new.total
+    every = np.concatenate([taken, segments])
+    tight_rows, tight_extents = _along(rows[tight], pieces[tight], every[np.argsort(every["address"], kind="stable")])
 
-    runs = [np.zeros(len(disk), RUN)]
-    runs[0]["place"], runs[0]["length"], runs[0]["address"], runs[0]["row"] = begins, lengths, disk.starts, -1
-    if large.any():
-        own = rows[large]
-        files, first, which = np.unique(own, return_index=True, return_inverse=True)
-        order = np.argsort(pieces["address"][large][first], kind="stable")
+    others = np.empty(int((~tight).sum()), EXTENT)
+    for column in ("logical", "length", "address"):
+        others[column] = pieces[column][~tight]
+    other_rows, own = rows[~tight], large[~tight]
+    if own.any():
+        files, first, which = np.unique(other_rows[own], return_index=True, return_inverse=True)
+        order = np.argsort(others["address"][own][first], kind="stable")
         room = _up_each(walked.entries["size"][files], unit)[order]
         starts = np.empty(files.size, np.int64)
         starts[order] = _up(end, unit) + np.cumsum(room) - room
-        places[large] = starts[which] + pieces["logical"][large]
+        others["place"][own] = starts[which] + others["logical"][own]
         end = _up(end, unit) + int(room.sum())
-    small_beside = np.flatnonzero(beside & ~large)
-    lengths = pieces["length"][small_beside]
-    places[small_beside] = end + np.cumsum(lengths) - lengths
+    lengths = others["length"][~own]
+    others["place"][~own] = end + np.cumsum(lengths) - lengths
     end += int(lengths.sum())
-
-    rest = np.flatnonzero(large | beside)
-    others = np.zeros(rest.size, RUN)
-    others["place"], others["row"] = places[rest], rows[rest]
-    for column in ("length", "address", "logical"):
-        others[column] = pieces[column][rest]
-    every = np.concatenate([*runs, others])
-    return places, every[np.argsort(every["place"], kind="stable")], end
+    runs = np.concatenate([_runs(segments, -1, 0), _runs(others, other_rows, others["logical"])])
+    extents = np.concatenate([tight_extents, others])
+    return (np.concatenate([tight_rows, other_rows]), extents), runs[np.argsort(runs["place"], kind="stable")], end
 
 
-def _on_their_own(walked: Walked, rows: Rows, pieces: npt.NDArray[np.void], unit: int) -> npt.NDArray[np.bool_]:
-    """Tell which pieces are of large files that share no block with others, and are not mostly holes."""
+def _along(
+    rows: Rows, pieces: npt.NDArray[np.void], segments: npt.NDArray[np.void]
+) -> tuple[Rows, npt.NDArray[np.void]]:
+    """Return pieces that lie on segments of the volume, sorted by address, as extents: one for each they touch."""
+    starts, ends = segments["address"], segments["address"] + segments["length"]
+    first = np.searchsorted(ends, pieces["address"], side="right")
+    counts = np.searchsorted(starts, pieces["address"] + pieces["length"], side="left") - first
+    which = np.repeat(np.arange(rows.size), counts)
+    segment = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(which.size)
+    begin = np.maximum(pieces["address"][which], starts[segment])
+    found = np.empty(which.size, EXTENT)
+    found["address"] = begin
+    found["length"] = np.minimum((pieces["address"] + pieces["length"])[which], ends[segment]) - begin
+    found["logical"] = pieces["logical"][which] + begin - pieces["address"][which]
+    found["place"] = segments["place"][segment] + begin - starts[segment]
+    return rows[which], found
+
+
+def _runs(of: npt.NDArray[np.void], row: Rows | int, logical: Rows | int) -> npt.NDArray[np.void]:
+    """Return what is to be read for segments or extents."""
+    runs = np.empty(of.size, RUN)
+    for column in ("place", "length", "address"):
+        runs[column] = of[column]
+    runs["row"], runs["logical"] = row, logical
+    return runs
+
+
+def _on_their_own(
+    walked: Walked, rows: Rows, pieces: npt.NDArray[np.void], taken: npt.NDArray[np.void], unit: int
+) -> npt.NDArray[np.bool_]:
+    """Tell which pieces are of large files that share no block with others, and are not mostly holes or taken over."""
     sizes = walked.entries["size"]
     has = np.bincount(rows, pieces["length"], minlength=sizes.size)
     large = (sizes >= unit) & (has * _SPARSE >= sizes)
@@ -161,31 +230,19 @@ def _on_their_own(walked: Walked, rows: Rows, pieces: npt.NDArray[np.void], unit
     shared = np.flatnonzero(pieces["address"][order][1:] < ends[:-1])
     for touched in (order[shared], order[shared + 1]):
         large[rows[touched]] = False
+    first = np.searchsorted(taken["address"] + taken["length"], pieces["address"][on_disk], side="right")
+    after = np.searchsorted(taken["address"], (pieces["address"] + pieces["length"])[on_disk], side="left")
+    large[rows[on_disk[after > first]]] = False
     result: npt.NDArray[np.bool_] = large[rows]
     return result
 
 
-def _table(
-    walked: Walked, kept: tuple[Rows, npt.NDArray[np.void]], new: tuple[Rows, npt.NDArray[np.void], Rows]
-) -> FileTable:
-    """Return the table of all files, with the extents that were kept and those that are new."""
-    rows, pieces, places = new
-    extents = np.empty(rows.size, EXTENT)
-    extents["place"] = places
-    for column in ("logical", "length", "address"):
-        extents[column] = pieces[column]
-    every_row, every = np.concatenate([kept[0], rows]), np.concatenate([kept[1], extents])
-    order = np.lexsort((every["logical"], every_row))
-    counts = np.bincount(every_row, minlength=walked.entries.size)
-    return FileTable(
-        walked.entries, walked.names, walked.name_ends, every[order], np.cumsum(counts).astype(np.int64), walked.texts
-    )
-
-
-def is_file(entries: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-    """Tell which entries are regular files."""
-    found: npt.NDArray[np.bool_] = entries["mode"] & 0o170000 == stat.S_IFREG
-    return found
+def _table(walked: Walked, rows: Rows, extents: npt.NDArray[np.void]) -> FileTable:
+    """Return the table of all files, with their extents."""
+    order = np.lexsort((extents["logical"], rows))
+    counts = np.bincount(rows, minlength=walked.entries.size)
+    ends = np.cumsum(counts).astype(np.int64)
+    return FileTable(walked.entries, walked.names, walked.name_ends, extents[order], ends, walked.texts)
 
 
 def _up(number: int, unit: int) -> int:

@@ -1,21 +1,17 @@
-"""The filesystem that a group is on: whether its files can be read by their places on the disk, and that disk."""
+"""The filesystem that a group is on: whether its files can be read by their places on the disk, and which disk."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
-import stat
-from collections.abc import Iterator
 from pathlib import Path
 
-from blockferry.errors import VolumeError
-from blockferry.layers import Layer
-from blockferry.volume import Volume, all_mounts
+import pluggy
 
-_ADDRESSABLE = ("ext2", "ext3", "ext4", "xfs")
-"""Where the address that FIEMAP gives is one of the device: btrfs has addresses of its own."""
+from blockferry.errors import VolumeError
+from blockferry.groups.content import Contents
+from blockferry.hookspecs import FilesOnDisk
+from blockferry.volume import Mount, Volume, all_mounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,65 +20,50 @@ class Filesystem:
 
     root: bytes
     type: str
-    identity: dict[str, str]
-    device: str
-    """The block device that it lies on; "" if files are to be read through the filesystem."""
+    volume: Volume | None
+    """The device that files are read from; None if they are read one by one."""
+    contents: Contents
+    """What finds out where the content of a file is."""
     reason: str
-    """Why they are."""
+    """Why files are read one by one, "" if they are not."""
 
     @property
-    def addressable(self) -> bool:
-        """Whether the content of files is read from the device."""
-        return bool(self.device)
-
-    @property
-    def checks_flags(self) -> bool:
-        """Whether single files may be stored in a way of their own."""
-        return self.type.startswith("ext")
+    def identity(self) -> dict[str, str]:
+        """What tells this filesystem from others, as far as it is known."""
+        return self.volume.identity if self.volume else {}
 
     @classmethod
-    def of(cls, root: bytes) -> Filesystem:
+    def of(cls, manager: pluggy.PluginManager, root: bytes) -> Filesystem:
         """Return the filesystem of a directory; raise VolumeError if it is none."""
         name = os.fsdecode(root)
         try:
-            facts = os.stat(root)
-            if not stat.S_ISDIR(facts.st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            with os.scandir(root):
+                facts = os.stat(root)
         except OSError as error:
             raise VolumeError(f"{name}: {error.strerror}", remedy="Check the group's volume and paths.") from None
         numbers = (os.major(facts.st_dev), os.minor(facts.st_dev))
         mount = next((each for each in all_mounts() if each.superblock == numbers), None)
+        reasons: list[str] = []
+        volume, on_disk = _on_disk(manager, mount, reasons) if mount else (None, None)
+        contents = Contents(addressable=volume is not None, otherwise=on_disk.otherwise if on_disk else None)
         kind = mount.filesystem if mount else ""
-        reason = _why_not(kind, mount.options if mount else frozenset(), numbers)
-        if reason:
-            return cls(root, kind, {}, "", reason)
-        device = f"/dev/block/{numbers[0]}:{numbers[1]}"
-        try:
-            with open(device, "rb"):
-                volume = Volume.discover(os.path.realpath(device))
-        except OSError as error:
-            return cls(root, kind, {}, "", f"files are read one by one: {device}: {error.strerror}")
-        return cls(root, kind, volume.identity, volume.path, "")
-
-    @contextlib.contextmanager
-    def disk(self) -> Iterator[Layer | None]:
-        """Open the device for reading past the page cache; None if there is none."""
-        if not self.device:
-            yield None
-            return
-        with Volume.discover(self.device).open_data() as disk:
-            yield disk
+        if volume:
+            return cls(root, kind, volume, contents, "")
+        what = "; ".join(reasons) or f"nobody knows where {kind or 'this filesystem'} has them on a device"
+        return cls(root, kind, None, contents, f"files are read one by one: {what}")
 
 
-def _why_not(kind: str, options: frozenset[str], numbers: tuple[int, int]) -> str:
-    """Return why files of such a filesystem cannot be read by their places on the device; "" if they can."""
-    if kind not in _ADDRESSABLE:
-        return f"files are read one by one: {kind or 'this filesystem'} does not say where they lie on a device"
-    if any(option.startswith("rtdev") for option in options):
-        return "files are read one by one: some lie on a realtime device"
-    if kind.startswith("ext"):
-        name = Path(f"/sys/dev/block/{numbers[0]}:{numbers[1]}").resolve().name
-        with contextlib.suppress(OSError):
-            if "data=journal" in Path(f"/proc/fs/ext4/{name}/options").read_text().split():
-                return "files are read one by one: their data goes through the journal"
-    return ""
+def _on_disk(
+    manager: pluggy.PluginManager, mount: Mount, reasons: list[str]
+) -> tuple[Volume | None, FilesOnDisk | None]:
+    """Return the device that files can be read from, and how, if there is one."""
+    on_disk: FilesOnDisk | None = manager.hook.blockferry_group_extents(mount=mount, declined=reasons.append)
+    if on_disk is None:
+        return None, None
+    try:
+        device = Path(on_disk.device).resolve(strict=True)
+        with device.open("rb"):
+            return Volume.discover(device), on_disk
+    except OSError as error:
+        reasons.append(f"{on_disk.device}: {error.strerror}")
+        return None, None

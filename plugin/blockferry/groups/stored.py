@@ -47,6 +47,15 @@ def open_group(repository: Repository, snapshot: Snapshot) -> StoredGroup:
         raise
 
 
+def refuse_group(record: Record) -> None:
+    """Raise UsageError if a snapshot is of a group of files, which is no image of a volume."""
+    if record.group is not None:
+        raise UsageError(
+            f"snapshot {record.snapshot} is of the group {record.volume}: it holds files, not a volume",
+            remedy=f"`blockferry files {record.snapshot} --to DIR` brings them back.",
+        )
+
+
 def read_table(repository: Repository, snapshot: Snapshot, record: Record, remembered: Remembered) -> FileTable:
     """Return the table of a group's files: the one that this host remembers, else from the repository."""
     where = f"{repository.reference}, snapshot {snapshot.id}"

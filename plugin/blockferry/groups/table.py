@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import stat
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,11 @@ EXTENT = np.dtype(
 )
 _MAGIC = b"blockferry files 1\n"
 _COUNTS = np.dtype([("entries", "<u8"), ("extents", "<u8"), ("texts", "<u8"), ("names", "<u8"), ("text_bytes", "<u8")])
-_LARGEST = 1 << 62
+_LARGEST = (1 << 62) - 1
+"""Any two such numbers can be added."""
+_LONGEST_VALUE = 64 << 10
+"""Of an extended attribute (xattr(7))."""
+_KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 
 Rows = npt.NDArray[np.int64]
 
@@ -124,6 +129,13 @@ class FileTable:
         return self.texts[int(self.entries["text"][row])]
 
     @property
+    def gone(self) -> npt.NDArray[np.bool_]:
+        """By row: whether it was removed during the backup, and is as if it had never been."""
+        entries = self.entries
+        found: npt.NDArray[np.bool_] = (entries["flags"] & GONE != 0) & (entries["mode"] & 0o170000 != stat.S_IFDIR)
+        return found
+
+    @property
     def stored_size(self) -> int:
         """How many bytes `to_bytes` returns: known before flags, sizes and places are."""
         return stored_size(
@@ -183,7 +195,9 @@ class FileTable:
             column("<i8", count).astype(np.int64) for count in (entries, entries, texts)
         )
         for ends, total in ((name_ends, names), (extent_ends, extents), (text_ends, text_bytes)):
-            if ends.size and (bool((np.diff(ends, prepend=0) < 0).any()) or int(ends[-1]) != total):
+            # Compared, not subtracted: a difference of any two numbers may wrap around.
+            sorted_ends = not ends.size or (int(ends[0]) >= 0 and not bool((ends[1:] < ends[:-1]).any()))
+            if not sorted_ends or (int(ends[-1]) if ends.size else 0) != total:
                 raise ValueError("its columns do not fit each other")
         blob = bytes(stored[place + names : place + names + text_bytes])
         begins = [0, *text_ends.tolist()]
@@ -200,6 +214,8 @@ class FileTable:
         """Raise ValueError if anything in it leads outside of it, of its file, or of the image."""
         entries, extents, rows = self.entries, self.extents, np.arange(len(self))
         kinds = entries["mode"] & 0o170000
+        if not bool(np.isin(kinds, _KINDS).all()) or bool((entries["mode"] > 0o177777).any()):
+            raise ValueError("an entry is of no known kind")
         if not len(self) or kinds[0] != stat.S_IFDIR or entries["parent"][0] != -1 or self.name_ends[0] != 0:
             raise ValueError("it has no root")
         parents = entries["parent"][1:]
@@ -212,18 +228,26 @@ class FileTable:
         for column in ("text", "attributes"):
             if bool((entries[column] >= len(self.texts)).any()) or bool((entries[column] < -1).any()):
                 raise ValueError("an entry's text is missing")
-        if bool(((kinds == stat.S_IFLNK) != (entries["text"] >= 0)).any()):
+        is_link, missed = kinds == stat.S_IFLNK, entries["flags"] & (GONE | UNREADABLE) != 0
+        if bool((is_link & (entries["text"] < 0) & ~missed).any()) or bool((~is_link & (entries["text"] >= 0)).any()):
             raise ValueError("a symbolic link leads nowhere")
-        links = entries["link"]
+        if bool((entries["size"] < 0).any()) or bool((entries["size"] > _LARGEST).any()):
+            raise ValueError("a size is out of bounds")
+        self._check_links(kinds)
+        self._check_names()
+        self._check_texts()
+        self._check_extents(extents, image_size)
+
+    def _check_links(self, kinds: npt.NDArray[np.integer[Any]]) -> None:
+        """Raise ValueError unless each hard link is of an entry before it, of its kind and no link itself."""
+        links = self.entries["link"]
         linked = np.flatnonzero(links != -1)
         if bool((links[linked] < 0).any()) or bool((links[linked] >= linked).any()):
             raise ValueError("a hard link is of nothing")
         if bool((kinds[links[linked]] != kinds[linked]).any()) or bool((links[links[linked]] != -1).any()):
             raise ValueError("a hard link is of something else")
-        if bool((entries["size"] < 0).any()) or bool((entries["size"] > _LARGEST).any()):
-            raise ValueError("a size is out of bounds")
-        self._check_names()
-        self._check_extents(extents, image_size)
+        if bool((kinds[linked] == stat.S_IFDIR).any()):
+            raise ValueError("a directory is a hard link")
 
     def _check_names(self) -> None:
         """Raise ValueError if a name could lead out of its directory."""
@@ -234,6 +258,16 @@ class FileTable:
         dots = np.append(np.frombuffer(self.names, np.uint8) == ord("."), False)
         if bool(dots[starts][lengths == 1].any()) or bool((dots[starts] & dots[starts + 1])[lengths == 2].any()):
             raise ValueError("a name leads elsewhere")
+
+    def _check_texts(self) -> None:
+        """Raise ValueError if a symbolic link's target or a set of extended attributes cannot be one."""
+        for number in np.unique(self.entries["text"]).tolist():
+            if number >= 0 and b"\0" in self.texts[number]:
+                raise ValueError("a symbolic link has no possible target")
+        for number in np.unique(self.entries["attributes"]).tolist():
+            for name, value in (unpack_attributes(self.texts[number]) if number >= 0 else {}).items():
+                if len(name) > 255 or len(value) > _LONGEST_VALUE:
+                    raise ValueError("an extended attribute is too long")
 
     def _check_extents(self, extents: npt.NDArray[np.void], image_size: int) -> None:
         """Raise ValueError unless the extents are sorted, disjoint, and within their file and the image."""

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,6 @@ _RECENT, _COARSE = 50_000_000, 2_050_000_000
 times are whole seconds (ext4 with small inodes, ext3), or every second one (FAT)."""
 
 Rows = npt.NDArray[np.int64]
-_Item = TypeVar("_Item")
 
 
 @dataclasses.dataclass
@@ -105,7 +104,7 @@ class Walker:
 
     def __exit__(self, *_exception: object) -> None:
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
 
     def walk(self, advance: Callable[[int], None] = lambda _count: None) -> Walked:
         """Return what there is; `advance` is called with how many entries were found since the last call."""
@@ -136,22 +135,17 @@ class Walker:
                 todo.extend(joined.add(found))
                 advance(found.entries.size)
 
-    def pieces(self, descriptor: int, facts: os.stat_result) -> bytes:
-        """Return the pieces of an open file as they are now."""
-        return self._scanner.contents.pieces(descriptor, facts)
+    def settle(self, descriptor: int, size: int) -> None:
+        """Wait until a write to an open file that is under way is over."""
+        self._scanner.contents.pieces(descriptor, size, bytearray())
 
-    def differing(self, files: Iterator[Seen]) -> Iterator[State]:
-        """Yield, for each file, whether it is still what was seen of it."""
-        running: deque[Future[list[State]]] = deque()
-        for batch in _batches(files, _ENTRIES_AT_ONCE):
-            if self._pool is None:
-                yield from self._scanner.differing(batch)
-                continue
-            running.append(self._pool.submit(_differing, batch))
-            if len(running) > 2 * _PROCESSES:
-                yield from running.popleft().result()
-        for each in running:
-            yield from each.result()
+    def look_again(self, files: Sequence[Seen]) -> Future[list[State]]:
+        """Begin to find out of each file whether it is still what was seen of it."""
+        if self._pool:
+            return self._pool.submit(_look_again, files)
+        found: Future[list[State]] = Future()
+        found.set_result(self._scanner.look_again(files))
+        return found
 
 
 class State(enum.Enum):
@@ -184,10 +178,10 @@ def _take(scanner: _Scanner) -> None:
     _scanner = scanner
 
 
-def _differing(files: Sequence[Seen]) -> list[State]:
+def _look_again(files: Sequence[Seen]) -> list[State]:
     if _scanner is None:
         raise RuntimeError("this process was not told what to walk")
-    return _scanner.differing(files)
+    return _scanner.look_again(files)
 
 
 def _scan(directories: list[tuple[int, bytes]]) -> _Fragment:
@@ -250,7 +244,7 @@ class _Scanner:
                 os.close(descriptor)
         return into.fragment()
 
-    def differing(self, files: Sequence[Seen]) -> list[State]:
+    def look_again(self, files: Sequence[Seen]) -> list[State]:
         """Return, for each file, whether it is still what was seen of it."""
         return [self._state(each) for each in files]
 
@@ -264,7 +258,9 @@ class _Scanner:
             facts = os.fstat(descriptor)
             if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
                 return State.MOVED
-            same_bytes, same_places = compare(seen.pieces, self.contents.pieces(descriptor, facts))
+            now = bytearray()
+            self.contents.pieces(descriptor, facts.st_size, now, own=facts.st_dev == self.device)
+            same_bytes, same_places = compare(seen.pieces, bytes(now))
             if not same_places:
                 return State.MOVED
             untouched = (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size)
@@ -308,9 +304,20 @@ class _Scanner:
             into.directories.append((number, path))
 
 
+_MODE, _SIZE = (list(ENTRY.names or ()).index(column) for column in ("mode", "size"))
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 GONE_ERRORS = {errno.ENOENT, errno.ENOTDIR}
 """It was there a moment ago."""
+
+
+class _Found(NamedTuple):
+    """What a closer look at some entries found; -1: no text."""
+
+    flags: list[int]
+    counts: list[int]
+    """How many pieces each has."""
+    texts: list[int]
+    attributes: list[int]
 
 
 class _Collector:
@@ -320,6 +327,8 @@ class _Collector:
         self.scanner = scanner
         self.rows: list[tuple[int, ...]] = []
         self.links: list[int] = []
+        self.foreign: set[int] = set()
+        """Of the rows, those of other filesystems."""
         self.names: list[bytes] = []
         self.entries: list[npt.NDArray[np.void]] = []
         self.nlink: list[npt.NDArray[np.uint32]] = []
@@ -350,7 +359,10 @@ class _Collector:
             )
         )
         # Another filesystem's file, mounted over one of these, may have the number of any.
-        self.links.append(facts.st_nlink if facts.st_dev == self.scanner.device else 1)
+        own = facts.st_dev == self.scanner.device
+        self.links.append(facts.st_nlink if own else 1)
+        if not own:
+            self.foreign.add(len(self.rows) - 1)
         self.names.append(name)
         return len(self.names) - 1
 
@@ -359,55 +371,49 @@ class _Collector:
         if not self.rows:
             return
         entries = np.array(self.rows, ENTRY)
-        names = self.names[-len(self.rows) :]
         # What is no file has a size of its own that says nothing of content.
-        is_file = entries["mode"] & 0o170000 == stat.S_IFREG
-        entries["size"][~is_file] = 0
+        entries["size"][entries["mode"] & 0o170000 != stat.S_IFREG] = 0
         known = self.scanner.known.find(entries) if self.scanner.known else np.full(entries.size, -1, np.int64)
-        counts = np.zeros(entries.size, np.int64)
+        first = len(self.names) - entries.size
+        found = _Found(*([filler] * entries.size for filler in (0, 0, -1, -1)))
         for number in np.flatnonzero(known < 0).tolist():
-            path = directory + b"/" + names[number] if names[number] else directory
+            name = self.names[first + number]
+            path = directory + b"/" + name if name else directory
             try:
-                counts[number] = self._look(entries, number, path, names[number], descriptor)
+                self._look(self.rows[number], number, path, name, descriptor, found)
             except OSError as error:
                 gone = error.errno in GONE_ERRORS
-                entries["flags"][number] |= GONE if gone else UNREADABLE
+                found.flags[number] = GONE if gone else UNREADABLE
                 if not gone:
                     self.problems.append((path, _reason(error)))
+        entries["flags"], entries["text"], entries["attributes"] = found.flags, found.texts, found.attributes
         self._recall(entries, known)
-        self.counts += counts.tolist()
+        self.counts += found.counts
         self.entries.append(entries)
         self.nlink.append(np.array(self.links, np.uint32))
         self.known.append(known)
-        self.rows, self.links = [], []
+        self.rows, self.links, self.foreign = [], [], set()
 
     def _look(
-        self, entries: npt.NDArray[np.void], number: int, path: bytes, name: bytes, descriptor: int | None
-    ) -> int:
-        """Find out an entry's attributes, target and content; return how many pieces of content there are."""
-        mode, count = int(entries["mode"][number]), 0
-        if stat.S_ISLNK(mode):
-            entries["text"][number] = self._text(
-                os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
-            )
-        if stat.S_ISREG(mode) and entries["size"][number]:
+        self, row: tuple[int, ...], number: int, path: bytes, name: bytes, descriptor: int | None, found: _Found
+    ) -> None:
+        """Find out an entry's attributes, target and content. What changes meanwhile is seen at the second look."""
+        kind = row[_MODE] & 0o170000
+        if kind == stat.S_IFREG and row[_SIZE]:
             opened = self.scanner.contents.open(name if descriptor is not None else path, descriptor)
             try:
-                facts = os.fstat(opened)
-                if (facts.st_ino, facts.st_ctime_ns) != (int(entries["inode"][number]), int(entries["ctime"][number])):
-                    # Replaced or written a moment ago: as it is now.
-                    update(entries[number : number + 1], facts)
-                found = self.scanner.contents.pieces(opened, facts)
-                self.pieces += found
-                count = len(found) // PIECE.itemsize
+                own = number not in self.foreign
+                found.counts[number] = self.scanner.contents.pieces(opened, row[_SIZE], self.pieces, own=own)
                 attributes = attributes_of(opened)
             finally:
                 os.close(opened)
         else:
+            if kind == stat.S_IFLNK:
+                target = os.readlink(name if descriptor is not None else path, dir_fd=descriptor)
+                found.texts[number] = self._text(target)
             attributes = attributes_of(path)
         if attributes:
-            entries["attributes"][number] = self._text(pack_attributes(attributes))
-        return count
+            found.attributes[number] = self._text(pack_attributes(attributes))
 
     def _recall(self, entries: npt.NDArray[np.void], known: Rows) -> None:
         """Take the targets and attributes of entries that are as they were from the earlier snapshot."""
@@ -495,15 +501,6 @@ def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
     entries["link"][order[further]] = firsts[further]
 
 
-def update(entry: npt.NDArray[np.void], facts: os.stat_result) -> None:
-    """Have an entry, an array of one, say what is known of a file now."""
-    if not stat.S_ISREG(facts.st_mode):
-        raise FileNotFoundError(errno.ENOENT, "it was replaced by something else")
-    entry["mode"], entry["uid"], entry["gid"] = facts.st_mode, facts.st_uid, facts.st_gid
-    entry["size"], entry["mtime"], entry["ctime"] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    entry["inode"] = facts.st_ino
-
-
 def attributes_of(place: int | bytes) -> dict[bytes, bytes]:
     """Return the extended attributes of an open file or, not followed, of a path."""
     try:
@@ -520,7 +517,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _batches(listed: Iterator[_Item], count: int) -> Iterator[list[_Item]]:
+def _batches(listed: Iterator[os.DirEntry[str]], count: int) -> Iterator[list[os.DirEntry[str]]]:
     while some := list(itertools.islice(listed, count)):
         yield some
 

@@ -26,6 +26,7 @@ import pluggy
 from blockferry import service
 from blockferry.chain import Chain, trace
 from blockferry.errors import BlockferryError, TargetError, UsageError
+from blockferry.groups.stored import refuse_group
 from blockferry.hookspecs import CacheOptions
 from blockferry.hot import attachment, disk
 from blockferry.hot.cache import RestoreCache, TargetCache
@@ -224,6 +225,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
     snapshot = find(listed, _named(request))
     chain = trace(repository, snapshot, listed)
     record = chain.newest.record
+    refuse_group(record)
     with (
         contextlib.closing(_source(repository, chain, request)) as source,
         _cache(manager, source, _options(repository, chain, request)) as cache,

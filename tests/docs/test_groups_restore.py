@@ -1,0 +1,56 @@
+"""The commands and the script of docs/groups-restore.md bring a group's files back without blockferry."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commands_support import Depot
+from groups_support import back_up, make_tree, state_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "groups-restore.md"
+
+pytestmark = pytest.mark.root
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_the_script_brings_back_what_the_stock_tool_extracts(
+    depot: Depot, mount: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "volume.img"
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    place = mount(image, "loop")
+    top = make_tree(place / "top")
+    archive = back_up(depot, top).archive
+    for name, text in depot.env.items():
+        monkeypatch.setenv(name, text)
+    borg, restic = blocks("sh")
+    extract = {"borg": borg, "restic": restic}[depot.tool]
+    for example, real in {
+        "/srv/backup/borg": depot.path,
+        "/srv/backup/restic": depot.path,
+        "the-name-of-the-archive": archive,
+        "/var/tmp/group": tmp_path / "group",
+    }.items():
+        extract = extract.replace(example, str(real))
+    subprocess.run(["sh", "-euxc", extract], check=True, capture_output=True)
+    (script,) = blocks("python")
+    (tmp_path / "files.py").write_text(script)
+    command = ["python3", "-I", tmp_path / "files.py", tmp_path / "group", place / "back"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert state_of(place / "back") == state_of(top)
+
+
+def test_the_script_is_short() -> None:
+    (script,) = blocks("python")
+    assert len(script.splitlines()) <= 60
