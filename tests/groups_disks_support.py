@@ -122,8 +122,11 @@ def tree_of(root: Path) -> dict[bytes, os.stat_result]:
     return found
 
 
-def assert_same(repository: Repository, result: GroupResult, root: Path) -> StoredGroup:
-    """Assert that a snapshot says of every entry what the filesystem says of it, and has its content."""
+def assert_same(repository: Repository, result: GroupResult, root: Path, *, busy: bool = False) -> StoredGroup:
+    """Assert that a snapshot says of every entry what the filesystem says of it, and has its content.
+
+    `busy`: directories were written to after they were seen.
+    """
     group = opened(repository, result)
     table, content = group.table, contents(group)
     rows = {path: row for row, path in enumerate(table.paths())}
@@ -145,6 +148,8 @@ def assert_same(repository: Repository, result: GroupResult, root: Path) -> Stor
             "inode": facts.st_ino,
             "rdev": facts.st_rdev,
         }.items():
+            if busy and stat.S_ISDIR(facts.st_mode) and name in {"mtime", "ctime"}:
+                continue
             assert entry[name] == value, (path, name, entry[name], value)
         if path:
             assert entry["parent"] == rows[os.path.dirname(path)], path

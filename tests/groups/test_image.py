@@ -66,7 +66,7 @@ def packed_image() -> Packed:
 
 
 def make(file: File, disk: Volume | None = None) -> GroupImage:
-    return GroupImage(packed_image(), UNIT, disk or Volume(DISK), file.read_into, file.seal)
+    return GroupImage(packed_image(), UNIT, disk or Volume(DISK), file.read_into, file.seal, lambda _place: None)
 
 
 def expected() -> bytes:
@@ -184,7 +184,7 @@ def test_the_end_is_made_when_the_last_read_is_over_and_not_before() -> None:
         assert release.wait(20)
         plain(row, offset, buffer)
 
-    image = GroupImage(packed_image(), UNIT, Volume(DISK), slow, file.seal)
+    image = GroupImage(packed_image(), UNIT, Volume(DISK), slow, file.seal, lambda _place: None)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(read, image, 0, UNIT)
         assert entered.wait(20)

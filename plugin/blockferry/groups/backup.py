@@ -23,7 +23,7 @@ import pluggy
 from blockferry import kernel
 from blockferry.backup import Result
 from blockferry.blockmap import Kind
-from blockferry.errors import BaseUnusableError, DamagedSnapshotError
+from blockferry.errors import BaseUnusableError, DamagedSnapshotError, VolumeError
 from blockferry.extents import ExtentSet
 from blockferry.groups.definition import Group
 from blockferry.groups.image import GroupImage
@@ -201,13 +201,20 @@ class _Plan:
         """Store the group, of which `disk` has the content that has an address."""
         job, record, packed = self.job, self.record, self.packed
         look = SecondLook(job.scope.root, self.walker, self.walked, packed)
-        image = GroupImage(packed, record.unit, disk, look.read_file, look.seal, look.was_read)
+        sealed: list[bytes] = []
+
+        def seal() -> dict[int, bytes]:
+            fresh, table = look.finish()
+            sealed.append(table.to_bytes())
+            return {packed.late[0]: fresh, packed.table_place[0]: sealed[0]}
+
+        image = GroupImage(packed, record.unit, disk, look.read_file, seal, look.was_read)
         taken = packed.block_map.extents(Kind.SAME).align(record.unit, record.size)
         bases = [Base(self.earlier.snapshot, taken)] if self.earlier and taken else []
         work = plan(packed.block_map, record, bases).extents(Kind.DATA).total
         with job.progress.task("backup", work) as advance:
             stored = job.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
-        remember_table(stored.snapshot, look.sealed)
+        remember_table(stored.snapshot, sealed[0])
         seconds = time.monotonic() - job.started
         result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
         problems = (*job.scope.missing(), *self.walked.problems, *look.problems)
@@ -296,8 +303,14 @@ def remember_table(snapshot: Snapshot, table: bytes) -> None:
 
 def _sync(root: bytes) -> None:
     """Write out everything dirty of the filesystem that a directory is on."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        kernel.syncfs(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            kernel.syncfs(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise VolumeError(
+            f"{os.fsdecode(root)}: what was written last cannot be written out: {error.strerror}",
+            remedy="Look at the kernel log: the disk may be failing, or full.",
+        ) from None

@@ -32,12 +32,8 @@ _HOLE = -2
 class Contents:
     """Asks for the pieces of files."""
 
-    def __init__(self, *, device: int, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
-        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`.
-
-        `device` is what stat(2) says that all of this is on.
-        """
-        self.device = device
+    def __init__(self, *, addressable: bool, otherwise: Callable[[int], bool] | None = None) -> None:
+        """`addressable`: the device has the bytes where the filesystem says, unless an open file is `otherwise`."""
         self.addressable = addressable
         self.otherwise = otherwise
         self.mapped = True
@@ -55,22 +51,24 @@ class Contents:
     def pieces(self, descriptor: int, size: int, into: bytearray, *, own: bool = True) -> int:
         """Append the pieces, PIECE each, of an open file that has so many bytes; return how many there are.
 
-        What was never written is left out. `own`: it is not of another filesystem, mounted over a file of this one.
-        ext4, XFS and btrfs answer when a write that is under way is over. Raise OSError; FileNotFoundError for what is
-        no regular file.
+        What was never written is left out. `own`: it is of this filesystem, and not mounted over a file of it. ext4,
+        XFS and btrfs answer when a write that is under way is over. Raise OSError; FileNotFoundError for what is no
+        regular file.
         """
+        before = len(into)
         if self.mapped:
             try:
-                return self._mapped(descriptor, size, into, own)
+                return self._mapped(descriptor, size, into, own=own)
             except OSError as error:
+                del into[before:]  # else those of the next file would be taken for these
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                     raise
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise FileNotFoundError(errno.ENOENT, "it was replaced by something else") from None
-                self.mapped = not own  # one from elsewhere says nothing of the others
+                self.mapped = not own
         return _data(descriptor, size, into)
 
-    def _mapped(self, descriptor: int, size: int, into: bytearray, own: bool) -> int:
+    def _mapped(self, descriptor: int, size: int, into: bytearray, *, own: bool) -> int:
         """Ask by FIEMAP (Documentation/filesystems/fiemap.rst); what is dirty was written out before."""
         start, found, last, buffer = 0, 0, False, self._buffer
         plain = own and self.addressable and not (self.otherwise and self.otherwise(descriptor))

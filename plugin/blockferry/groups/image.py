@@ -40,7 +40,7 @@ class GroupImage(BaseLayer):
         disk: Layer | None,
         read_file: ReadFile,
         seal: Seal,
-        was_read: Callable[[int], object] = lambda _place: None,
+        was_read: Callable[[int], None],
     ) -> None:
         """`unit` is the size of the chunks in which the image will be read, each whole and once; `disk` the volume.
 
@@ -150,9 +150,9 @@ class _Coverage:
     """Which bytes are still to be read, by chunks: reads may come in any order, from several threads, and twice."""
 
     def __init__(self, extents: ExtentSet, unit: int) -> None:
+        self._extents = extents
         self._unit = unit
         chunks = extents.align(unit, 1 << 62)
-        self._extents = extents
         self._left = chunks.total // unit
         self._front = int(chunks.starts[0]) // unit if chunks else 0
         """The first chunk that was not read."""
@@ -184,8 +184,9 @@ class _Coverage:
         left = before.clip(start, offset).union(before.clip(end, stop))
         if left:
             self._parts[number] = left
-        elif before:
-            self._done.add(number)
+            return
+        self._done.add(number)
+        if before:
             self._left -= 1
 
     def fail(self, error: BaseException) -> None:

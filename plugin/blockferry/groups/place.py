@@ -45,8 +45,7 @@ class Filesystem:
         mount = next((each for each in all_mounts() if each.superblock == numbers), None)
         reasons: list[str] = []
         volume, on_disk = _on_disk(manager, mount, reasons) if mount else (None, None)
-        otherwise = on_disk.otherwise if on_disk else None
-        contents = Contents(device=facts.st_dev, addressable=volume is not None, otherwise=otherwise)
+        contents = Contents(addressable=volume is not None, otherwise=on_disk.otherwise if on_disk else None)
         kind = mount.filesystem if mount else ""
         if volume:
             return cls(root, kind, volume, contents, "")

@@ -1,4 +1,6 @@
-"""What became of the files of a group while they were read: each is looked at again, and read anew if need be.
+"""Looking at files again after they were read: whether each is still what was seen of it, and what to do if not.
+
+Files are looked at by the walker's processes, a few thousand at a time, as soon as the last of their bytes was read.
 
 | a file is now                                   | what is stored of it                                     |
 | ----------------------------------------------- | -------------------------------------------------------- |
@@ -7,8 +9,6 @@
 | the same, but there is no room or it never rests | what was read, said to be of different instants         |
 | elsewhere on the disk, and so on                | nothing, and it is said that it could not be read        |
 | gone                                            | nothing                                                  |
-
-Files are looked at by the walker's processes, a few thousand at a time, as soon as the last of their bytes was read.
 
 Names of one file (hard links) are looked at one by one. As long as all are as they were seen they stay names of one
 file. Else what was read belongs to the first that still has it, and those that are read anew are one file if they are.
@@ -22,6 +22,7 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -32,27 +33,32 @@ from blockferry.errors import VolumeError
 from blockferry.groups.image import open_row
 from blockferry.groups.packing import Packed
 from blockferry.groups.table import BESIDE, CHANGED, EXTENT, GONE, UNREADABLE, FileTable, pack_attributes
-from blockferry.groups.walk import GONE_ERRORS, Rows, Seen, State, Walked, Walker, attributes_of, wait_out
+from blockferry.groups.walk import GONE_ERRORS, Rows, Seen, State, Walked, Walker, attributes_of, is_recent, wait_out
 
 _AT_ONCE = 4096
 _TRIES = 3
+_PATIENCE = 10.0
+"""Seconds after which files that do not rest are not waited for any more."""
+_CHANGED = "it changed while it was read"
 _NOTHING = np.empty(0, EXTENT)
 _SPARE_FOR_LINKS = 4096
 
 
 class SecondLook:
-    """Reads what is read file by file while an image is stored, and says at its end what became of all files."""
+    """Looks again at the files of one group's backup; reads those that are read one by one in the first place."""
 
     def __init__(self, root: bytes, walker: Walker, walked: Walked, packed: Packed) -> None:
-        self.root = root
-        self.walker = walker
-        self.walked = walked
-        self.packed = packed
         self.problems: list[tuple[bytes, str]] = []
-        self.sealed = b""
+        """Paths of files that are not stored as they should be, and why."""
+        self._root = root.rstrip(b"/") + b"/"
+        self._walker = walker
+        self._walked = walked
+        self._packed = packed
         self._table = packed.table
-        self._heads = _heads(packed.table)
-        self._rows, self._ends = self._looked_at()
+        links = self._table.entries["link"]
+        self._heads: Rows = np.where(links < 0, np.arange(links.size), links).astype(np.int64)
+        """By row: the first name of the same file."""
+        self._rows, self._ends = _by_last_byte(walked, self._table, self._heads)
         self._next = 0
         self._looking: list[tuple[list[int], Future[list[State]]]] = []
         self._directories: dict[int, bytes] = {}
@@ -60,6 +66,7 @@ class SecondLook:
         self._failed: dict[int, str] = {}
         """Rows whose content could not be read the first time, and why."""
         self._fresh = bytearray()
+        self._patient_until = 0.0
         self._texts = {text: number for number, text in enumerate(self._table.texts)}
         self._spare = packed.table_place[1] - self._table.stored_size
         """How many bytes the table may still grow by."""
@@ -69,7 +76,7 @@ class SecondLook:
     def read_file(self, row: int, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from a file, through the filesystem; what it lacks reads as zeros, and is seen afterwards."""
         try:
-            descriptor = open_row(self.root, self._table.path(row))
+            descriptor = open_row(self._root, self._table.path(row))
         except OSError as error:
             self._cannot(row, buffer, error)
             return
@@ -100,55 +107,33 @@ class SecondLook:
             if end - self._next >= _AT_ONCE:
                 self._begin(end)
 
-    def _begin(self, end: int) -> None:
-        """Have the files up to a number, in the order of their last bytes, looked at."""
-        while self._next < end:
-            rows = self._rows[self._next : min(end, self._next + 2 * _AT_ONCE)]
-            self._next += rows.size
-            self._looking.append((rows.tolist(), self.walker.look_again(self._seen(rows))))
-
-    def seal(self) -> dict[int, bytes]:
-        """Look at every file that was read again; return what of them was read anew, and the table of all files."""
+    def finish(self) -> tuple[bytes, FileTable]:
+        """Wait for what is still looked at; return what was read anew, for its place in the image, and the table."""
         with self._lock:
             self._begin(self._rows.size)
-        heads, states = self._heads, self._states()
+        self._patient_until = time.monotonic() + _PATIENCE
+        states = self._states()
         differing = [row for row, state in states.items() if state is not State.SAME]
         if differing:
-            table = self._table
-            names = np.flatnonzero(np.isin(heads, np.unique(heads[differing])) & _is_file(table.entries))
-            for _head, members in _by_head(names, heads):
+            kinds = self._table.entries["mode"] & 0o170000
+            names = np.flatnonzero(np.isin(self._heads, self._heads[differing]) & (kinds == stat.S_IFREG))
+            for members in _by_head(names, self._heads):
                 self._settle(members, states)
-            self._table = _replace(dataclasses.replace(table, texts=list(self._texts)), self._extents)
-        self.sealed = self._table.to_bytes()
-        place, room = self.packed.table_place
-        if len(self.sealed) > room:
+            self._table = _replace(dataclasses.replace(self._table, texts=list(self._texts)), self._extents)
+        if self._table.stored_size > self._packed.table_place[1]:
             raise VolumeError(
                 "more files changed while they were read than there is room for",
                 remedy="Run the backup again when less is written.",
             )
-        return {self.packed.late[0]: bytes(self._fresh), place: self.sealed}
-
-    def _looked_at(self) -> tuple[Rows, Rows]:
-        """Return the rows of the files of which content is read, all names of them, by where in the image it ends."""
-        table, heads = self._table, self._heads
-        has = np.diff(self.walked.piece_ends, prepend=0) > 0
-        read = np.bincount(heads, has, minlength=heads.size) > 0
-        rows = np.flatnonzero(read[heads] & _is_file(table.entries) & (table.entries["flags"] == 0))
-        owners = np.repeat(np.arange(len(table)), np.diff(table.extent_ends, prepend=0))
-        last = np.zeros(len(table), np.int64)
-        np.maximum.at(last, owners, table.extents["place"] + table.extents["length"])
-        ends = last[heads[rows]]
-        order = np.argsort(ends, kind="stable")
-        return rows[order], ends[order]
+        return bytes(self._fresh), self._table
 
     def _states(self) -> dict[int, State]:
-        """Return what became of each of these rows. SAME goes without saying, but for names of files with several."""
-        heads = self._heads
-        several = np.bincount(heads, minlength=heads.size)[heads] > 1
+        """Return what became of each file. SAME goes without saying, but for names of files that have several."""
+        several = np.bincount(self._heads, minlength=self._heads.size)[self._heads] > 1
         found: dict[int, State] = {}
         for rows, states in self._looking:
             for row, seen in zip(rows, states.result(), strict=True):
-                state, head = seen, int(heads[row])
+                head, state = int(self._heads[row]), seen
                 # A name that was looked at later than the first may be of what the file was by then.
                 if state is not State.GONE and ({row, head} & self._failed.keys() or not self._alike(row, head)):
                     state = State.MOVED
@@ -156,13 +141,33 @@ class SecondLook:
                     found[row] = state
         return found
 
-    def _seen(self, rows: Rows) -> list[Seen]:
-        """Return what was seen of these rows."""
-        entries, name = self._table.entries, self._table.name
-        columns = [entries[column][rows].tolist() for column in ("parent", "inode", "size", "ctime")]
+    def _alike(self, row: int, head: int) -> bool:
+        """Tell whether the same was seen by two names."""
+        if row == head:
+            return True
+        entries, pieces, ends = self._table.entries, self._walked.pieces, self._walked.piece_ends
+        one, other = (pieces[int(ends[each - 1]) if each else 0 : int(ends[each])].tobytes() for each in (row, head))
+        return one == other and all(entries[column][row] == entries[column][head] for column in ("size", "ctime"))
+
+    def _begin(self, end: int) -> None:
+        """Have the files up to a number, in the order of their last bytes, looked at."""
+        while self._next < end:
+            rows = self._rows[self._next : min(end, self._next + 2 * _AT_ONCE)].tolist()
+            self._next += len(rows)
+            self._looking.append((rows, self._walker.look_again(self._seen(rows))))
+
+    def _seen(self, rows: list[int]) -> list[Seen]:
+        """Return what was seen of files."""
+        entries, pieces, ends = self._walked.entries, self._walked.pieces, self._walked.piece_ends
+        numbers = np.array(rows)
+        begins = np.where(numbers > 0, ends[numbers - 1], 0).tolist()
+        columns = [entries[column][numbers].tolist() for column in ("parent", "inode", "size", "ctime")]
+        name = self._table.name
         return [
-            Seen(self._directory(parent) + name(row), inode, size, ctime, self._pieces(row))
-            for row, parent, inode, size, ctime in zip(rows.tolist(), *columns, strict=True)
+            Seen(self._directory(parent) + name(row), inode, size, ctime, pieces[begin:end].tobytes())
+            for row, parent, inode, size, ctime, begin, end in zip(
+                rows, *columns, begins, ends[numbers].tolist(), strict=True
+            )
         ]
 
     def _directory(self, row: int) -> bytes:
@@ -170,23 +175,9 @@ class SecondLook:
         found = self._directories.get(row)
         if found is None:
             path = self._table.path(row)
-            root = self.root.rstrip(b"/") + b"/"
-            found = root + path + b"/" if path else root
+            found = self._root + path + b"/" if path else self._root
             self._directories[row] = found
         return found
-
-    def _pieces(self, row: int) -> bytes:
-        """Return the pieces of a file as they were found."""
-        ends = self.walked.piece_ends
-        return self.walked.pieces[int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes()
-
-    def _alike(self, row: int, head: int) -> bool:
-        """Tell whether the same was seen by two names."""
-        entries = self._table.entries
-        if row == head:
-            return True
-        facts = all(entries[column][row] == entries[column][head] for column in ("size", "ctime"))
-        return facts and self._pieces(row) == self._pieces(head)
 
     def _settle(self, members: list[int], states: dict[int, State]) -> None:
         """Say of a file's names, of which one at least differs, what is stored of each."""
@@ -207,13 +198,13 @@ class SecondLook:
                 entries["flags"][row] |= GONE
             elif state in {State.SAME, State.WRITTEN}:
                 if state is State.WRITTEN:
-                    self._report(row, CHANGED, "it changed while it was read")
+                    self._report(row, CHANGED, _CHANGED)
                 entries["link"][row] = holder
                 if holder < 0:
                     holder, self._extents[row] = row, read
             else:
                 entries["size"][row] = 0
-                why = self._failed.get(row, "it changed while it was read, and could not be read again")
+                why = self._failed.get(row, f"{_CHANGED}, and again when it was read anew: it is not stored")
                 self._report(row, UNREADABLE, why)
 
     def _again(self, row: int, anew: dict[tuple[int, int], int]) -> npt.NDArray[np.void] | int | State:
@@ -222,7 +213,7 @@ class SecondLook:
         Return its only extent, if it has one; or the row, of those in `anew`, that is of the same file; or why not.
         """
         try:
-            descriptor = open_row(self.root, self._table.path(row))
+            descriptor = open_row(self._root, self._table.path(row))
         except OSError as error:
             return State.GONE if error.errno in GONE_ERRORS else State.MOVED
         try:
@@ -241,9 +232,11 @@ class SecondLook:
             before = os.fstat(descriptor)
             identity = before.st_ino, before.st_ctime_ns
             if identity in anew:
-                _update(self._table.entries[row : row + 1], before)
+                self._update(row, before)
                 self._keep_attributes(row, attributes_of(descriptor))
                 return anew[identity]
+            if time.monotonic() > self._patient_until and is_recent(before.st_ctime_ns):
+                break
             content = self._whole(descriptor, before)
             attributes = attributes_of(descriptor)
             after = os.fstat(descriptor)
@@ -256,11 +249,11 @@ class SecondLook:
 
     def _whole(self, descriptor: int, facts: os.stat_result) -> bytes | None:
         """Return what a file has, or a byte more than it had if it has grown; None if it is none, or has no room."""
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > self.packed.late[1] - len(self._fresh):
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > self._packed.late[1] - len(self._fresh):
             return None
         # A write that is under way has had its time of change already; a page that is mapped has one only once it is
         # written out: wait for the one, write out the other.
-        self.walker.settle(descriptor, facts.st_size)
+        self._walker.settle(descriptor, facts.st_size)
         with contextlib.suppress(OSError):  # read-only
             os.fdatasync(descriptor)
         wait_out(np.array([facts.st_ctime_ns]))
@@ -274,9 +267,9 @@ class SecondLook:
         self, row: int, facts: os.stat_result, content: bytes, attributes: dict[bytes, bytes]
     ) -> npt.NDArray[np.void]:
         """Put what was read anew into the image, and what is known of it into the table."""
-        _update(self._table.entries[row : row + 1], facts)
+        self._update(row, facts)
         self._keep_attributes(row, attributes)
-        place = self.packed.late[0] + len(self._fresh)
+        place = self._packed.late[0] + len(self._fresh)
         self._fresh += content
         return np.array([(0, len(content), place, BESIDE)] if content else [], EXTENT)
 
@@ -295,36 +288,42 @@ class SecondLook:
 
     def _report(self, row: int, flag: int, why: str) -> None:
         self._table.entries["flags"][row] |= flag
-        self.problems.append((os.path.join(self.root, self._table.path(row)), why))
+        self.problems.append((os.path.join(self._root, self._table.path(row)), why))
+
+    def _update(self, row: int, facts: os.stat_result) -> None:
+        """Have an entry say what is known of a file now."""
+        entries = self._table.entries
+        entries["mode"][row], entries["uid"][row], entries["gid"][row] = facts.st_mode, facts.st_uid, facts.st_gid
+        entries["size"][row], entries["inode"][row] = facts.st_size, facts.st_ino
+        entries["mtime"][row], entries["ctime"][row] = facts.st_mtime_ns, facts.st_ctime_ns
 
 
-def _heads(table: FileTable) -> Rows:
-    """Return, by row, the first name of the same file."""
-    links = table.entries["link"]
-    return np.where(links < 0, np.arange(links.size), links).astype(np.int64)
+def _by_last_byte(walked: Walked, table: FileTable, heads: Rows) -> tuple[Rows, Rows]:
+    """Return the rows of all files that are read, by where in the image their last bytes lie, and these places.
+
+    All names of a file are among them. One that has a size and no content may have lost it between being asked for
+    the one and for the other.
+    """
+    entries = table.entries
+    has = (np.diff(walked.piece_ends, prepend=0) > 0) | (entries["size"] > 0)
+    has &= walked.known < 0
+    read = np.bincount(heads, has, minlength=heads.size) > 0
+    is_file = entries["mode"] & 0o170000 == stat.S_IFREG
+    rows = np.flatnonzero(read[heads] & is_file & (entries["flags"] == 0))
+    owners = np.repeat(np.arange(len(table)), np.diff(table.extent_ends, prepend=0))
+    last = np.zeros(len(table), np.int64)
+    np.maximum.at(last, owners, table.extents["place"] + table.extents["length"])
+    ends = last[heads[rows]]
+    order = np.argsort(ends, kind="stable")
+    return rows[order], ends[order]
 
 
-def _is_file(entries: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-    """Tell which entries are regular files."""
-    found: npt.NDArray[np.bool_] = entries["mode"] & 0o170000 == stat.S_IFREG
-    return found
-
-
-def _update(entry: npt.NDArray[np.void], facts: os.stat_result) -> None:
-    """Have an entry, an array of one, say what is known of a file now."""
-    if not stat.S_ISREG(facts.st_mode):
-        raise FileNotFoundError(errno.ENOENT, "it was replaced by something else")
-    entry["mode"], entry["uid"], entry["gid"] = facts.st_mode, facts.st_uid, facts.st_gid
-    entry["size"], entry["mtime"], entry["ctime"] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    entry["inode"] = facts.st_ino
-
-
-def _by_head(names: npt.NDArray[np.int64], heads: npt.NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
-    """Yield the rows of each file, in order, with the first one's."""
+def _by_head(names: Rows, heads: Rows) -> Iterator[list[int]]:
+    """Yield the rows of each file, in order."""
     order = names[np.argsort(heads[names], kind="stable")]
-    which, begins = np.unique(heads[order], return_index=True)
-    for head, members in zip(which.tolist(), np.split(order, begins[1:]), strict=True):
-        yield head, members.tolist()
+    _which, begins = np.unique(heads[order], return_index=True)
+    for members in np.split(order, begins[1:]):
+        yield members.tolist()
 
 
 def _replace(table: FileTable, replaced: dict[int, npt.NDArray[np.void]]) -> FileTable:

@@ -137,7 +137,7 @@ class Walker:
 
     def settle(self, descriptor: int, size: int) -> None:
         """Wait until a write to an open file that is under way is over."""
-        self._scanner.contents.pieces(descriptor, size, bytearray(), own=False)
+        self._scanner.contents.pieces(descriptor, size, bytearray())
 
     def look_again(self, files: Sequence[Seen]) -> Future[list[State]]:
         """Begin to find out of each file whether it is still what was seen of it."""
@@ -328,7 +328,7 @@ class _Collector:
         self.rows: list[tuple[int, ...]] = []
         self.links: list[int] = []
         self.foreign: set[int] = set()
-        """Which of the rows are of other filesystems."""
+        """Of the rows, those of other filesystems."""
         self.names: list[bytes] = []
         self.entries: list[npt.NDArray[np.void]] = []
         self.nlink: list[npt.NDArray[np.uint32]] = []
@@ -358,10 +358,10 @@ class _Collector:
                 facts.st_rdev,
             )
         )
-        if facts.st_dev == self.scanner.device:
-            self.links.append(facts.st_nlink)
-        else:  # mounted over one of this filesystem's, and so its number may be any other file's
-            self.links.append(1)
+        # Another filesystem's file, mounted over one of these, may have the number of any.
+        own = facts.st_dev == self.scanner.device
+        self.links.append(facts.st_nlink if own else 1)
+        if not own:
             self.foreign.add(len(self.rows) - 1)
         self.names.append(name)
         return len(self.names) - 1
@@ -531,6 +531,12 @@ def wait_out(times: Rows) -> None:
     near = times[np.abs(times - now) < _tick(times)]
     if near.size:
         time.sleep(max(0, int((near + _tick(near)).max()) - now) / 1e9)
+
+
+def is_recent(changed: int) -> bool:
+    """Tell whether what changed at that time, in ns, may change again and keep it."""
+    times = np.array([changed])
+    return bool((np.abs(times - time.time_ns()) < _tick(times)).any())
 
 
 def _tick(times: Rows) -> Rows:
