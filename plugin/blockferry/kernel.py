@@ -48,6 +48,12 @@ def syncfs(descriptor: int) -> None:
     _checked(_libc.syncfs(descriptor))
 
 
+def give_back_memory() -> None:
+    """Have the C library return what was freed to the kernel: glibc keeps it otherwise (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):
+        _libc.malloc_trim(0)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

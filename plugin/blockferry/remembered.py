@@ -35,13 +35,14 @@ class Remembered:
         """Return what a file holds; None if it is not there, or not sound."""
         try:
             path = self._directory / name
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                digest, content = file.read(_DIGEST), file.read()
             os.utime(path)
         except _CANNOT:
             return None
-        return content[_DIGEST:] if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST] else None
+        return content if hashlib.sha256(content).digest() == digest else None
 
-    def put(self, name: str, content: bytes) -> None:
+    def put(self, name: str, content: bytes | bytearray) -> None:
         """Write a file, whole or not at all."""
         with contextlib.suppress(*_CANNOT):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -201,9 +201,9 @@ class _Plan:
         """Store the group, of which `disk` has the content that has an address."""
         job, record, packed = self.job, self.record, self.packed
         look = SecondLook(job.scope.root, self.walker, self.walked, packed)
-        sealed: list[bytes] = []
+        sealed: list[bytearray] = []
 
-        def seal() -> dict[int, bytes]:
+        def seal() -> dict[int, bytes | bytearray]:
             fresh, table = look.finish()
             sealed.append(table.to_bytes())
             return {packed.late[0]: fresh, packed.table_place[0]: sealed[0]}
@@ -294,7 +294,7 @@ def _is_here(record: Record, filesystem: Filesystem) -> bool:
     return record.identity == filesystem.identity and root == os.fsdecode(filesystem.root)
 
 
-def remember_table(snapshot: Snapshot, table: bytes) -> None:
+def remember_table(snapshot: Snapshot, table: bytes | bytearray) -> None:
     """Keep the table of files of a snapshot: the next backup begins with it."""
     files = Remembered("groups")
     files.put(snapshot.id, table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ _STALLED = 300.0
 
 ReadFile = Callable[[int, int, memoryview], None]
 """Takes a row, an offset in its file, and a buffer to fill."""
-Seal = Callable[[], dict[int, bytes]]
+Seal = Callable[[], Mapping[int, bytes | bytearray]]
 """Called once, when all that is to be read was read: returns what belongs at places of the image behind that."""
 
 
@@ -54,7 +54,7 @@ class GroupImage(BaseLayer):
         self._disk = disk
         self._read_file = read_file
         self._seal = seal
-        self._sealed: dict[int, bytes] | None = None
+        self._sealed: Mapping[int, bytes | bytearray] | None = None
         self._sealing = threading.Lock()
         self._last = packed.late[0]
         self._coverage = _Coverage(packed.read, unit)

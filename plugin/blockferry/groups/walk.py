@@ -19,11 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from blockferry import kernel
 from blockferry.groups.content import PIECE, Contents, compare
 from blockferry.groups.table import ENTRY, GONE, UNREADABLE, FileTable, pack_attributes
 
@@ -117,7 +118,9 @@ class Walker:
             advance(found.entries.size)
         if todo:
             self._spread(todo, joined, advance)
-        return joined.walked()
+        walked = joined.walked()
+        kernel.give_back_memory()
+        return walked
 
     def _spread(self, todo: deque[tuple[int, bytes]], joined: _Joined, advance: Callable[[int], None]) -> None:
         """Have processes walk what is left to do."""
@@ -448,7 +451,7 @@ class _Joined:
     """Fragments on their way into one."""
 
     def __init__(self) -> None:
-        self.fragments: list[tuple[npt.NDArray[np.void], npt.NDArray[np.uint32], Rows, Rows, npt.NDArray[np.void]]] = []
+        self.fragments: list[list[npt.NDArray[Any]]] = []
         self.names = bytearray()
         self.lengths: list[Rows] = []
         self.texts: dict[bytes, int] = {}
@@ -466,14 +469,14 @@ class _Joined:
             found.entries[column][has] = numbers[found.entries[column][has]]
         self.names += b"".join(found.names)
         self.lengths.append(np.fromiter(map(len, found.names), np.int64, len(found.names)))
-        self.fragments.append((found.entries, found.nlink, found.known, found.counts, found.pieces))
+        self.fragments.append([found.entries, found.nlink, found.known, found.counts, found.pieces])
         self.problems += found.problems
         first, self.rows = self.rows, self.rows + found.entries.size
         return [(first + row, path) for row, path in found.directories]
 
     def walked(self) -> Walked:
         """Return all of it, hard links found."""
-        entries, nlink, known, counts, pieces = (np.concatenate(each) for each in zip(*self.fragments, strict=True))
+        entries, nlink, known, counts, pieces = (_take_all(self.fragments, column) for column in range(5))
         self.fragments = []
         _link(entries, nlink)
         return Walked(
@@ -486,6 +489,17 @@ class _Joined:
             known,
             self.problems,
         )
+
+
+def _take_all(fragments: list[Any], column: int) -> npt.NDArray[Any]:
+    """Return a column of all fragments in one, and have none of them keep it: there is not room for all of it twice."""
+    found = np.empty(sum(each[column].size for each in fragments), fragments[0][column].dtype)
+    place = 0
+    for each in fragments:
+        found[place : place + each[column].size] = each[column]
+        place += each[column].size
+        each[column] = None
+    return found
 
 
 def _link(entries: npt.NDArray[np.void], nlink: npt.NDArray[np.uint32]) -> None:
