@@ -12,7 +12,7 @@ from blockferry.extents import Offsets
 
 _FIEMAP = 0xC020660B
 _SYNC = 0x1
-_LAST, _UNWRITTEN = 0x1, 0x800
+_LAST, _UNWRITTEN, _SHARED = 0x1, 0x800, 0x2000
 _NO_ADDRESS = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 """Unknown, delayed, encoded (compressed), encrypted, not aligned, inline, a tail: the address alone says nothing."""
 _EXTENTS = 16384
@@ -35,13 +35,14 @@ class FileExtents:
     """Extents of a file in its order: `[starts, ends)` in bytes lie at `addresses` of the disk.
 
     What was allocated and never written is left out like a hole: it reads as zeros. Where not `plain`, the address
-    does not tell which bytes are there.
+    does not tell which bytes are there. What is `shared`, other files have too.
     """
 
     starts: Offsets
     ends: Offsets
     addresses: Offsets
     plain: npt.NDArray[np.bool_]
+    shared: npt.NDArray[np.bool_]
 
 
 def file_extents(descriptor: int) -> FileExtents:
@@ -67,4 +68,5 @@ def file_extents(descriptor: int) -> FileExtents:
         starts + table["length"].astype(np.int64),
         table["physical"].astype(np.int64),
         table["flags"] & _NO_ADDRESS == 0,
+        table["flags"] & _SHARED != 0,
     )

@@ -176,7 +176,8 @@ def _take_parts(device: Numbers, taken: Claim, opened: contextlib.ExitStack) -> 
     mounts = [mount for mount in all_mounts() if mount.device == device]
     harmful = [mount for mount in mounts if not taken.harmless(mount)]
     if harmful:
-        return [f"{device_name(device)} is mounted read-write at {mount.point}" for mount in harmful]
+        modes = {True: "read-only", False: "read-write"}
+        return [f"{device_name(device)} is mounted {modes[mount.read_only]} at {mount.point}" for mount in harmful]
     if not mounts:
         # A disk is taken as soon as one of its partitions is: each of them has to be free or harmlessly mounted,
         # and one of those mounts has to be why.

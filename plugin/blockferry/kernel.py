@@ -26,6 +26,11 @@ _BLKRRPART = 0x125F
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_READ_ONLY, _LOOP_AUTOCLEAR = 1, 4
+_LOOP_CONFIG = struct.Struct("=II52xI240x")
+"""Of struct loop_config (linux/loop.h) the file, the block size (0: as the kernel likes), the flags."""
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
@@ -113,9 +118,25 @@ def read_lease(descriptor: int) -> Iterator[None]:
     fcntl(2), "Leases". Raise OSError: EAGAIN if somebody has the file open for writing; EACCES if it is another
     user's and CAP_LEASE is missing; others where the filesystem knows no leases.
     """
+    with _lease(descriptor, fcntl.F_RDLCK):
+        yield
+
+
+@contextlib.contextmanager
+def write_lease(descriptor: int) -> Iterator[None]:
+    """Hold a lease on a file that nobody else has open: while it lasts, whoever opens it waits in open(2).
+
+    Raise OSError as `read_lease` does; EAGAIN if anybody has it open.
+    """
+    with _lease(descriptor, fcntl.F_WRLCK):
+        yield
+
+
+@contextlib.contextmanager
+def _lease(descriptor: int, kind: int) -> Iterator[None]:
     # The kernel announces a writer by SIGIO, which kills; SIGURG is ignored by default, and `lease_held` tells as well.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
-    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, kind)
     try:
         yield
     finally:
@@ -123,8 +144,31 @@ def read_lease(descriptor: int) -> Iterator[None]:
 
 
 def lease_held(descriptor: int) -> bool:
-    """Tell whether a read lease stands: false from the moment that a writer wants the file."""
-    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+    """Tell whether a lease stands: false from the moment that a writer wants the file."""
+    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) != fcntl.F_UNLCK
+
+
+def attach_loop_read_only(descriptor: int) -> int:
+    """Show an open file or device, without opening it again, as a loop device; return that, opened for reading.
+
+    It goes away when nobody has it open or mounted any more, this process included. Raise OSError: EINVAL or ENOTTY
+    before Linux 5.8.
+    """
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        while True:
+            loop = os.open(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                config = _LOOP_CONFIG.pack(descriptor, 0, _LOOP_READ_ONLY | _LOOP_AUTOCLEAR)
+                fcntl.ioctl(loop, _LOOP_CONFIGURE, config)
+            except OSError as error:
+                os.close(loop)
+                if error.errno != errno.EBUSY:  # else somebody was quicker
+                    raise
+            else:
+                return loop
+    finally:
+        os.close(control)
 
 
 def _checked(result: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import time
@@ -17,6 +18,7 @@ from blockferry.cli.output import log
 from blockferry.errors import PartialError, UsageError
 from blockferry.groups import listing
 from blockferry.groups.files import Restored, restore_files
+from blockferry.groups.in_place import bring_back_in_place
 from blockferry.groups.names import shown
 from blockferry.groups.stored import StoredGroup, open_group
 from blockferry.groups.table import Rows
@@ -33,7 +35,11 @@ _MOST_NAMED = 3
 @repository_option
 @click.option("--list", "only_list", is_flag=True, help="List the files.")
 @click.option("--to", "destination", metavar="DIR", type=click.Path(path_type=Path), help="Bring them back below DIR.")
-@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@click.option(
+    "--in-place", "volume", metavar="VOLUME", help="Bring them back onto their blocks of an unmounted volume."
+)
+@click.option("--dry-run", is_flag=True, help="With --in-place: write nothing, and say what would be.")
+@click.option("--force", is_flag=True, help="Replace files that are there already; take back what changed since.")
 @json_option
 @click.pass_obj
 def files(
@@ -43,6 +49,8 @@ def files(
     reference: str | None,
     only_list: bool,
     destination: Path | None,
+    volume: str | None,
+    dry_run: bool,
     force: bool,
 ) -> None:
     """List the files in SNAPSHOT of a group, or bring them back: all, or those that a PATTERN selects.
@@ -50,17 +58,26 @@ def files(
     A PATTERN is a path relative to the group's root, which selects all that is below it too, or a pattern as `borg
     extract` takes it. DIR is made if it is not there. Exits with 3 if anything is not as it was.
 
+    With --in-place nothing but the blocks of these files is written to, and nothing at all unless every file still lies
+    where it lay: a repair of files whose blocks went bad, on the ext4 or XFS VOLUME that the group is on.
+
     \b
     Examples:
       blockferry files latest --list --repo borg:/srv/borg
       blockferry files latest mail/inbox 'sh:**/*.odt' --to /var/tmp/back --repo borg:/srv/borg
     """
-    if only_list == (destination is not None):
-        raise UsageError("it is not said what to do with the files", remedy="Say either --list or --to DIR.")
+    if only_list + (destination is not None) + (volume is not None) != 1:
+        remedy = "Say one of --list, --to DIR and --in-place VOLUME."
+        raise UsageError("it is not said what to do with the files", remedy=remedy)
+    if dry_run and volume is None:
+        raise UsageError("--dry-run is for --in-place", remedy="See what there is with --list.")
     with context.repository(reference) as repository:
         group = open_group(repository, find(repository.snapshots(), snapshot))
         with contextlib.closing(group.image):
             rows = listing.select(group.table, patterns)
+            if volume is not None:
+                _in_place(context, group, rows, volume, force=force, dry_run=dry_run)
+                return
             if destination is None:
                 _list(context, group, rows)
                 return
@@ -83,6 +100,29 @@ def _list(context: Context, group: StoredGroup, rows: Rows) -> None:
 def _print(lines: Iterator[str]) -> None:
     while some := list(itertools.islice(lines, _LINES)):
         click.echo("\n".join(some))
+
+
+def _in_place(context: Context, group: StoredGroup, rows: Rows, volume: str, *, force: bool, dry_run: bool) -> None:
+    """Bring files back onto their blocks, and say what came of it."""
+    began = time.monotonic()
+    done = bring_back_in_place(context.manager, group, rows, volume, context.output, force=force, dry_run=dry_run)
+    result = {
+        "version": 1,
+        "snapshot": group.record.snapshot,
+        "target": volume,
+        **dataclasses.asdict(done),
+        "dry_run": dry_run,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    unreadable = f", {decimal(done.bytes_unreadable)} of it could not be read" if done.bytes_unreadable else ""
+    wrote = f"{decimal(done.bytes_written)} {'would be written' if dry_run else 'written'}{unreadable}"
+    context.output.result(
+        result,
+        lambda: (
+            f"snapshot {group.record.snapshot}: {done.files} files on {volume}: "
+            f"{decimal(done.bytes_compared)} compared, {wrote}"
+        ),
+    )
 
 
 def _tell(context: Context, group: StoredGroup, destination: Path, restored: Restored, seconds: float) -> None:

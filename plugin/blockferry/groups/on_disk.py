@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 
 from blockferry.hookspecs import Declined, FilesOnDisk, hookimpl
+from blockferry.inuse import device_name
 from blockferry.volume import Mount
 
 _FS_IOC_GETFLAGS = 0x80086601
@@ -22,7 +23,7 @@ _FLAGS, _NO_FLAGS = struct.Struct("=I4x"), bytes(8)
 @hookimpl
 def blockferry_group_extents(mount: Mount, declined: Declined) -> FilesOnDisk | None:
     """Answer for ext2, ext3, ext4 and XFS."""
-    device = f"/dev/block/{mount.device[0]}:{mount.device[1]}"
+    device = device_name(mount.device)  # not udev's link to it, which may not be there yet
     if mount.filesystem == "xfs":
         if _has_realtime_blocks(device):
             declined("files may lie among realtime blocks, or the device cannot be read")

@@ -104,6 +104,21 @@ def used_extents(layer: Layer) -> ExtentSet:
     return before.union(behind, *sets)
 
 
+def check_clean(layer: Layer) -> None:
+    """Raise UnanswerableError unless it was unmounted, and is neither marked as damaged nor has what is not known here.
+
+    Nothing is left to be done by a mount then, and no block belongs to several files.
+    """
+    superblock = parse_superblock(raw_superblock(layer), layer.size)
+    if superblock.needs_recovery:
+        raise UnanswerableError("its journal needs recovery")
+    _check_state(superblock)
+    if superblock.state & ORPHAN_STATE:
+        raise UnanswerableError("it has files that are to be removed")
+    if superblock.shares_blocks:
+        raise UnanswerableError("its files share blocks")
+
+
 def _check_state(superblock: Superblock) -> None:
     """Raise UnanswerableError if bitmaps may be behind what refers to blocks: only a check could tell."""
     if superblock.state & ERROR_STATE:

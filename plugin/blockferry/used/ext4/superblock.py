@@ -206,6 +206,8 @@ class Superblock:
     fast_commit: bool
     journal_inode: int
     """0: the journal is on another device, or there is none."""
+    shares_blocks: bool
+    """Files may have blocks in common, which nothing else tells."""
 
 
 class _Fields:
@@ -253,6 +255,7 @@ def parse_superblock(raw: bytes, volume_size: int) -> Superblock:
         has_journal=Compat.HAS_JOURNAL in compat,
         fast_commit=Compat.FAST_COMMIT in compat,
         journal_inode=0 if external else fields.u32(0xE0),
+        shares_blocks=RoCompat.SHARED_BLOCKS in ro_compat,
     )
 
 

@@ -89,6 +89,13 @@ def check_replayed(layer: Layer, place: LogPlace) -> None:
         _check_only_superblocks(record)
 
 
+def check_unmounted(layer: Layer, place: LogPlace) -> None:
+    """Return if the log is clean; raise XfsError, saying why, if it is merely covered, or needs recovery."""
+    log = _Log(layer, place)
+    if not log.is_unmount(log.last_record()):
+        raise XfsError(f"{_DIRTY}it was not unmounted")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Record:
     """One record: where it is and what its header says; `header` and `body` are its blocks as they are on disk."""

@@ -29,7 +29,7 @@ from blockferry.extents import ExtentSet, Offsets
 from blockferry.hookspecs import Declined, UsedBlocks, hookimpl
 from blockferry.layers import Layer
 from blockferry.used.checksum import crc32c
-from blockferry.used.xfs.log import LogPlace, XfsError, check_replayed
+from blockferry.used.xfs.log import LogPlace, XfsError, check_replayed, check_unmounted
 from blockferry.volume import Volume
 
 _BATCH = 4 << 20
@@ -173,6 +173,11 @@ def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | 
             declined(f"xfs: {error}")
             return None
     return UsedBlocks(free.complement(volume.size), "xfs btrees")
+
+
+def check_clean(layer: Layer) -> None:
+    """Raise XfsError unless the filesystem was unmounted, and nothing about it is damaged or not known here."""
+    check_unmounted(layer, _read_superblock(layer).log)
 
 
 def _free_extents(layer: Layer) -> ExtentSet:
