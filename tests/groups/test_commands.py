@@ -154,6 +154,7 @@ def test_a_base_that_is_not_to_be_had_any_more_costs_a_full_backup(disk: Path, t
     for pack in (depot.path / "data").glob("*/*"):
         if pack.stat().st_size > 100_000:
             pack.unlink()
+    depot.stock("repair", "index")
     (disk / "mail" / "new").write_bytes(b"new")
     second = blockferry("backup", "mail", "--json", env=env).json()
     assert second["base"] is None
@@ -185,7 +186,7 @@ def test_where_a_tracker_watches_only_the_blocks_that_were_written_are_read(
         shutil.rmtree("/run/bf-groups", ignore_errors=True)
     assert first["bytes_changed"] == 20 * MIB
     assert 0 < second["bytes_changed"] <= MIB
-    assert second["tracker"] == "bpf"
+    assert "bpftrace" in second["tracker"]
     assert third["bytes_changed"] == 0
     blockferry("files", "latest", "--to", tmp_path / "back", env=env)
     same_trees(disk / "big", tmp_path / "back" / "big")

@@ -109,13 +109,14 @@ def _begin(
     scope = Scope.of(group)
     filesystem = Filesystem.of(manager, scope.root)
     snapshot, created, tracking = new_snapshot_id(), now(), Tracking.of(manager, filesystem, group)
+    # What is dirty has no place yet, and would count, for a tracker, as written after the checkpoint.
+    _sync(scope.root)
     with (
         locked(f"group-{group.name}", f"{group.name}: another backup of this group is running"),
         tracking.begun(snapshot, created, repository) as checkpoints,
     ):
         named = {"snapshot": snapshot, "created": created, "checkpoints": checkpoints}
         job = _Job(group, repository, scope, filesystem, tracking, named, progress)
-        _sync(scope.root)
         yield job, find_earlier(repository, group, filesystem, since)
 
 
@@ -244,6 +245,8 @@ def _disk(planned: Sequence[_Plan]) -> Iterator[Layer | None]:
         shared = shared.union(seen.intersection(mine))
         seen = seen.union(mine)
     with volume.open_data() as disk, volume.open() as cached:
+        # Reads are large, and not to be made larger.
+        os.posix_fadvise(cached.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         yield Shared(disk, cached, shared) if shared else disk
 
 
