@@ -187,7 +187,7 @@ def test_where_a_tracker_watches_only_the_blocks_that_were_written_are_read(
     assert first["bytes_changed"] == 20 * MIB
     assert 0 < second["bytes_changed"] <= MIB
     assert "bpftrace" in second["tracker"]
-    assert third["bytes_changed"] == 0
+    assert third["bytes_changed"] <= 128 << 10  # neighbours of the directory
     blockferry("files", "latest", "--to", tmp_path / "back", env=env)
     same_trees(disk / "big", tmp_path / "back" / "big")
     depot.check()
