@@ -180,6 +180,7 @@ class Restore(RuleBasedStateMachine):
         """Lose the process, and any of what was not synced; what the kept thread had fetched may be lost, too."""
         self.cache._fetched.put(None)
         self.cache._keeper.join()
+        os.close(self.cache.state._descriptor)  # as the kernel does for who dies
         self.target.crash(self.chance)
         self.target.blank = False
         self.open(StateMap.load(self.map, SIZE, ABOUT))

@@ -192,7 +192,7 @@ def remove_a_pack(depot: Depot) -> None:
     )
     for pack in reversed(packs):
         aside = pack.rename(depot.path / "aside")
-        if depot.ferry("show", "latest").code == 0:
+        if depot.ferry("show", "latest", BLOCKFERRY_STATE_DIR=str(depot.path.parent / "fresh")).code == 0:
             aside.unlink()
             return
         aside.rename(pack)

@@ -137,7 +137,9 @@ class _Watchdog:
 
     def has_answer(self) -> bool:
         """Tell whether it said something, or ended."""
-        return bool(select.select([self.answers], [], [], 0)[0])
+        waiting = select.poll()  # not select(2): that has no room for the descriptors of a large process
+        waiting.register(self.answers, select.POLLIN)
+        return bool(waiting.poll(0))
 
     def answer(self) -> list[str]:
         """Wait for its next words; none if it ended."""
