@@ -263,7 +263,7 @@ def test_a_second_backup_of_one_volume_at_the_same_time_is_for_later(depot: Depo
 def test_random_bytes_in_a_filesystem_image_lose_nothing(depot: Depot, image, tmp_path):
     chance = random.Random(3)
     whole = image.read_bytes()
-    for attempt in range(6):
+    for attempt in range(3):
         broken = bytearray(whole)
         for _ in range(200):
             broken[chance.randrange(0, 300_000)] = chance.randrange(256)

@@ -193,11 +193,10 @@ def test_where_a_tracker_watches_only_the_blocks_that_were_written_are_read(
     depot.check()
 
 
-@pytest.mark.parametrize("option", [("--incremental",), ("--fsfreeze", "3"), ("--tracker", "bpf"), ("--name", "x")])
-def test_options_of_volumes_are_refused_for_groups(disk: Path, tmp_path: Path, option: tuple[str, ...]) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    env = configured(disk, depot, mail=f"paths: [{disk}/mail]")
-    blockferry("backup", "mail", *option, env=env).refused(2, option[0], "group of files")
+def test_options_of_volumes_are_refused_for_groups(disk: Path, tmp_path: Path) -> None:
+    env = configured(disk, Depot("restic", tmp_path / "repository", {}), mail=f"paths: [{disk}/mail]")
+    for option in (("--incremental",), ("--fsfreeze", "3"), ("--tracker", "bpf"), ("--name", "x")):
+        blockferry("backup", "mail", *option, env=env).refused(2, option[0], "group of files")
 
 
 def test_nothing_to_back_up_and_due_with_a_volume_are_refused(tmp_path: Path) -> None:
@@ -206,8 +205,7 @@ def test_nothing_to_back_up_and_due_with_a_volume_are_refused(tmp_path: Path) ->
 
 
 def test_where_a_group_lies_is_told(disk: Path, tmp_path: Path) -> None:
-    depot = new_depot("restic", tmp_path / "repository")
-    env = configured(disk, depot, mail=f"paths: [{disk}/mail]")
+    env = configured(disk, Depot("restic", tmp_path / "repository", {}), mail=f"paths: [{disk}/mail]")
     said = blockferry("group", "mail", "--extents", "--json", env=env).json()
     assert said["entries"] == 32
     assert said["bytes"] == sum(path.stat().st_size for path in (disk / "mail").iterdir())

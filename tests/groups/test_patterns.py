@@ -113,13 +113,13 @@ def ours(rules: list[str], asked: list[str]) -> list[tuple[bool, bool]] | None:
     return [AS_BORG[read.verdict(path)] for path in asked]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(lines, st.lists(paths, min_size=1, max_size=6))
 def test_rules_say_of_any_path_what_borg_says(borg: Oracle, rules: list[str], asked: list[str]) -> None:
     assert ours(rules, asked) == borg("rules", rules, asked)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(patterns, min_size=1, max_size=3), st.lists(paths, min_size=1, max_size=6))
 def test_a_selection_is_what_borg_extracts(borg: Oracle, named: list[str], asked: list[str]) -> None:
     try:

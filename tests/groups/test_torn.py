@@ -29,7 +29,7 @@ from groups_disks_support import Memory, assert_same, back_up, contents, filesys
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(7200)]
 
-ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_TORN", "6"))
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_TORN", "3"))
 CELL = 64
 LOOKS = re.compile(rb"(\S{8}) generation (\d{8}) cell (\d{8}) ")
 
