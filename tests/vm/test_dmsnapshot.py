@@ -108,6 +108,7 @@ def test_scattered_writes_fill_many_areas_of_the_table_and_outlast_the_volume_s_
     assert changed(dmsnapshot, volume, since).covers(0, 3 * MIB)
 
 
+@pytest.mark.thorough
 def test_a_snapshot_that_overflowed_is_no_answer(volume: str) -> None:
     run("lvcreate", "--yes", "--size", "88M", "--name", "filler", GROUP)  # leaves 40 MiB, of which it gets half
     since = begin(dmsnapshot, volume)

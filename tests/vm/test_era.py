@@ -103,6 +103,7 @@ def scribble(chance: random.Random) -> None:
             os.fsync(disk.fileno())
 
 
+@pytest.mark.thorough
 def test_discards_which_the_kernel_does_not_note_are_no_answer(make: Make) -> None:
     make(64 * 1024)
     with open(DEVICE, "r+b") as disk:

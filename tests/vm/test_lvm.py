@@ -88,6 +88,7 @@ def test_a_mounted_volume_is_read_from_a_snapshot_that_needs_no_repair(
     run("e2fsck", "-f", "-n", str(tmp_path / "copy.img"))
 
 
+@pytest.mark.thorough
 def test_a_snapshot_that_overflows_fails_the_backup(thick: str, mount: Mount) -> None:
     run("lvcreate", "--yes", "--size", "120M", "--name", "filler", GROUP)  # leaves 8 MiB
     place = mount(thick)
@@ -126,6 +127,7 @@ with hold(sys.argv[1]):
 """
 
 
+@pytest.mark.thorough
 def test_what_a_killed_backup_left_goes_and_what_another_reads_stays(thick: str, mount: Mount) -> None:
     mount(thick)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

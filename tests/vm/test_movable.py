@@ -33,7 +33,7 @@ def depot(tmp_path: Path) -> Depot:
     return made
 
 
-@pytest.fixture(params=["a device", "a file"])
+@pytest.fixture(params=["a device", pytest.param("a file", marks=pytest.mark.thorough)])
 def target(request: pytest.FixtureRequest, tmp_path: Path, attach: Attach) -> Path:
     path = tmp_path / "target.img"
     if request.param == "a file":
