@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blockferry.errors import UsageError
@@ -86,9 +86,13 @@ def test_what_is_understood_comes_when_systemd_says(expression: str) -> None:
         calendar = Calendar.parse(expression)
     except UsageError:
         return
-    points = systemd(expression)
+    # systemd 252 leaves out midnight where steps do not end with the hour or the day: `*:0/7` comes at 00:07 first.
+    steps = "/" in expression
+    base = Moment(2026, 2, 27, 11, 58, 30) if steps else BASE
+    points = systemd(expression, base)
     assert points is not None, "systemd does not understand it"
-    before = calendar.latest(BASE)
+    assume(not steps or {point.date() for point in points} <= {base.date()})
+    before = calendar.latest(base)
     for point in points:
         assert calendar.latest(point - SECOND) == before
         assert calendar.latest(point) == point
