@@ -12,6 +12,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry.chain import delete
+from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
 from blockferry.errors import BlockferryError, PartialError
@@ -74,23 +75,13 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
                 wanted, back_up_groups(context.manager, wanted, since=since, progress=context.output), strict=True
             ):
                 results.append(result)
-                _remember(context, repository, result)
+                remember(context, repository.reference, result.result)
                 record_run(group.name, began, ok=True)
                 _thin_out(group, repository)
     finally:
         for group in groups[len(results) :]:
             record_run(group.name, began, ok=False)
     return results
-
-
-def _remember(context: Context, repository: Repository, result: GroupResult) -> None:
-    """Put a snapshot into the catalog; a catalog that cannot be written costs nothing but itself."""
-    done = result.result
-    try:
-        with context.catalog() as catalog:
-            catalog.add(repository.reference, done.snapshot, done.record, done.as_json())
-    except BlockferryError as error:
-        log.warning("%s", error)
 
 
 def _thin_out(group: Group, repository: Repository) -> None:
