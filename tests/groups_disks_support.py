@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from blockferry.errors import DamagedSnapshotError
-from blockferry.groups.backup import GroupResult, back_up_group
+from blockferry.groups.backup import GroupResult, back_up_groups
 from blockferry.groups.definition import Group
 from blockferry.groups.stored import StoredGroup, open_group
 from blockferry.groups.table import ENTRY
 from blockferry.layers import BaseLayer
+from blockferry.manager import plugin_manager
 from blockferry.progress import Silent
 from blockferry.repository import Repository
 from blockferry.snapshot import Snapshot
@@ -87,7 +88,9 @@ def group_at(root: Path, name: str = "small", **what: Any) -> Group:
 
 def back_up(root: Path, repository: Repository, since: str = "latest", **what: Any) -> GroupResult:
     """Back up everything below a directory."""
-    return back_up_group(group_at(root, **what), repository, since=since, progress=Silent())
+    wanted = [(group_at(root, **what), repository)]
+    (result,) = back_up_groups(plugin_manager(), wanted, since=since, progress=Silent())
+    return result
 
 
 def opened(repository: Repository, result: GroupResult) -> StoredGroup:

@@ -17,12 +17,13 @@ import pytest
 
 from blockferry.blockmap import BlockMap
 from blockferry.extents import ExtentSet
-from blockferry.groups.backup import back_up_group
+from blockferry.groups.backup import back_up_groups
 from blockferry.groups.definition import Group
 from blockferry.groups.stored import StoredGroup
 from blockferry.groups.table import ENTRY, EXTENT, FileTable, pack_attributes
 from blockferry.layers import BaseLayer
 from blockferry.manager import plugin_manager, repository_named
+from blockferry.progress import Silent
 from blockferry.repository import Advance, Repository
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, new_snapshot_id, now
 from commands_support import Depot
@@ -177,7 +178,8 @@ def back_up(depot: Depot, top: Path) -> Snapshot:
         for name, text in depot.env.items():
             patch.setenv(name, text)
         with contextlib.closing(repository_named(plugin_manager(), depot.reference)) as repository:
-            done = back_up_group(group, repository, since="latest", progress=Quiet())
+            backups = back_up_groups(plugin_manager(), [(group, repository)], since="latest", progress=Silent())
+            (done,) = backups
     assert done.problems == ()
     return done.result.snapshot
 

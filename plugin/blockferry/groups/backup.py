@@ -36,7 +36,6 @@ from blockferry.groups.table import BESIDE, FileTable
 from blockferry.groups.tracking import Tracking
 from blockferry.groups.walk import Known, Walked, Walker, wait_out
 from blockferry.layers import BaseLayer, Layer
-from blockferry.manager import plugin_manager
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
@@ -220,15 +219,6 @@ class _Plan:
         result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
         problems = (*job.scope.missing(), *self.walked.problems, *look.problems)
         return GroupResult(result, len(packed.table), problems)
-
-
-def back_up_group(
-    group: Group, repository: Repository, *, since: str, progress: Progress, manager: pluggy.PluginManager | None = None
-) -> GroupResult:
-    """Store one group; see `back_up_groups`."""
-    asked = manager or plugin_manager()
-    (result,) = back_up_groups(asked, [(group, repository)], since=since, progress=progress)
-    return result
 
 
 @contextlib.contextmanager
