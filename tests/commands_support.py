@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ def command(*arguments: object) -> list[str]:
     return [str(Path(sys.executable).with_name("blockferry")), *map(str, arguments)]
 
 
-def blockferry(*arguments: object, env: dict[str, str] | None = None, timeout: float = 240) -> Done:
-    """Run `blockferry` and wait for it."""
+def blockferry(
+    *arguments: object, env: dict[str, str] | None = None, timeout: float = 240, prefix: Sequence[str] = ()
+) -> Done:
+    """Run `blockferry`, as argument of the command `prefix` if there is one, and wait for it."""
     done = subprocess.run(
-        command(*arguments),
+        [*prefix, *command(*arguments)],
         env=os.environ | (env or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,

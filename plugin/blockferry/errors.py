@@ -83,5 +83,9 @@ class TrackerError(BlockferryError):
     """A tracker said that blocks are unchanged which are not."""
 
 
+class EpochError(BlockferryError):
+    """A backup of a shared volume is void: a host did not take part from its beginning to its end."""
+
+
 class VerificationError(BlockferryError):
     """Bytes that should be equal are not."""

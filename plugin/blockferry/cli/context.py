@@ -83,6 +83,17 @@ def repository_option(function: Decorated) -> Decorated:
     )(function)
 
 
+def index_option(function: Decorated) -> Decorated:
+    """Add `--index`, which has to be said, by an option or in the environment."""
+    return click.option(
+        "--index",
+        required=True,
+        envvar="BLOCKFERRY_INDEX",
+        metavar="URL",
+        help="What all hosts share: redis://HOST:PORT/0, sqlite:///PATH on a single one; else BLOCKFERRY_INDEX.",
+    )(function)
+
+
 def json_option(function: Decorated) -> Decorated:
     """Add `--json` behind the command's name too."""
 

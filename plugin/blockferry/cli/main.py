@@ -38,6 +38,8 @@ COMMANDS = {
     "merge": "chains",
     "delete": "chains",
     "track": "track",
+    "guard": "guard",
+    "cluster": "cluster",
     "schedule": "schedule",
     "doctor": "admin",
     "catalog": "admin",

@@ -1,0 +1,128 @@
+"""`blockferry cluster`: backups of volumes that several hosts share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from blockferry.cli.backup import remember
+from blockferry.cli.context import Context, index_option, json_option, repository_option
+from blockferry.cli.output import Listing
+from blockferry.cluster import engines, shares
+from blockferry.cluster.backup import SharedResult, back_up_shared
+from blockferry.cluster.coordinator import hosts_of
+from blockferry.cluster.engines import Engine
+from blockferry.errors import UsageError
+from blockferry.manager import index_named
+from blockferry.volume import Volume, default_name
+
+
+@click.group()
+def cluster() -> None:
+    """Back up a volume that several hosts share, as it is at one instant, while all of them write to it."""
+
+
+@cluster.command()
+@click.argument("volume")
+@repository_option
+@index_option
+@click.option("--name", default="", help="What the guards call the volume; else the end of its path.")
+@click.option("--host", "hosts", multiple=True, metavar="HOST", help="A host that has to take part; can be repeated.")
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    metavar="ENGINE",
+    help="Who copies: `local`, this host; `dask://SCHEDULER`, all hosts with a worker there.",
+)
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=1, help="Of the local engine: copy with so many at a time."
+)
+@click.option("--log-repo", metavar="REF", help="Store the before-images in this repository; else beside the copy.")
+@json_option
+@click.pass_obj
+def backup(
+    context: Context,
+    volume: str,
+    reference: str | None,
+    index: str,
+    name: str,
+    hosts: tuple[str, ...],
+    engine: str,
+    processes: int,
+    log_repo: str | None,
+) -> None:
+    """Store VOLUME, in front of which every host that writes to it has a guard, as it is at one instant.
+
+    \b
+    Example:
+      blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup
+    """
+    found = Volume.discover(volume, name or default_name(volume))
+    shares.PATHS[found.name] = found.path
+    with contextlib.ExitStack() as opened:
+        repository = opened.enter_context(context.repository(reference))
+        logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
+        shared_index = opened.enter_context(contextlib.closing(index_named(context.manager, index)))
+        chosen = opened.enter_context(_engine(engine, processes, found.name))
+        result = back_up_shared(
+            context.manager,
+            found,
+            (repository, logs),
+            shared_index,
+            hosts=hosts,
+            engine=chosen,
+            progress=context.output,
+        )
+        remember(context, logs.reference, result)
+    context.output.result(result.as_json(), lambda: _sentence(result))
+
+
+@contextlib.contextmanager
+def _engine(named: str, processes: int, volume: str) -> Iterator[Engine]:
+    """Give the engine that copies."""
+    if named == "local":
+        yield engines.Processes(processes) if processes > 1 else engines.InProcess()
+        return
+    scheme, separator, address = named.partition("://")
+    if scheme != "dask" or not separator or not address:
+        raise UsageError(f"{named}: not an engine", remedy="Say local, or dask://SCHEDULER:8786.")
+    with contextlib.closing(engines.Dask(address, volume)) as dask:
+        yield dask
+
+
+@cluster.command()
+@click.argument("volume")
+@index_option
+@json_option
+@click.pass_obj
+def hosts(context: Context, volume: str, index: str) -> None:
+    """List the hosts that have a guard in front of VOLUME, by the name that they call it.
+
+    \b
+    Example:
+      blockferry cluster hosts lun0 --index redis://10.0.0.5/0
+    """
+    with contextlib.closing(index_named(context.manager, index)) as shared_index:
+        found = hosts_of(shared_index, volume)
+    rows: list[dict[str, Any]] = [{"host": host, **about} for host, about in found.items()]
+
+    def listing() -> Listing:
+        return Listing(("host", "path", "size"), [(each["host"], each["path"], decimal(each["size"])) for each in rows])
+
+    context.output.result({"version": 1, "volume": volume, "hosts": rows}, listing)
+
+
+def _sentence(result: SharedResult) -> str:
+    record = result.record
+    return (
+        f"{result.snapshot.id}: {record.volume} of {len(result.hosts)} hosts, {decimal(record.bytes_used)} in use, "
+        f"{result.shares} shares, {decimal(result.bytes_logged)} of before-images, "
+        f"held for {result.seconds_held:.2f} s, in {result.seconds:.1f} s"
+    )

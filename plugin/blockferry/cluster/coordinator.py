@@ -1,0 +1,221 @@
+"""The coordinator's side of an epoch: it has all hosts go through the stages, watches them, and takes their logs."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blockferry.cluster import epoch as words
+from blockferry.cluster.epoch import Epoch, Report, Stage
+from blockferry.cluster.index import LogIndex
+from blockferry.cluster.log import LogLayer, LogWriter
+from blockferry.cluster.member import PLACE
+from blockferry.errors import BlockferryError, EpochError, NotNowError, UsageError
+
+_LOOK_EVERY = 0.005
+"""Seconds between two looks at the reports while users wait."""
+_WATCH_EVERY = 0.5
+_PATIENCE_FOR_LOGS = 60.0
+"""Seconds in which some piece of a log has to come."""
+_PATIENCE_TO_SEAL = 30.0
+
+
+def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
+    """Return the guards of a volume that are alive, by host."""
+    key = words.host_key(volume)
+    return {found.removeprefix(key): about for found, about in sorted(index.list(key).items())}
+
+
+class Coordinator:
+    """One epoch. Once it has failed, `check` raises why, and nothing of it counts."""
+
+    def __init__(self, index: LogIndex, volume: str, size: int, hosts: Sequence[str]) -> None:
+        self.epoch = Epoch(secrets.token_hex(6), Stage.PREPARE, tuple(hosts))
+        self.size = size
+        self._index, self._volume = index, volume
+        self._failure = ""
+        self._turn = threading.Lock()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="epoch", daemon=True)
+
+    @property
+    def filesystems_still(self) -> bool:
+        """Whether filesystems are mounted behind the guards, and every one of them holds still, not just its device."""
+        reports = self._reports().values()
+        return any(each.get("frozen") for each in reports) and not any(each.get("remarks") for each in reports)
+
+    def check(self) -> None:
+        """Raise EpochError if the epoch is void."""
+        if self._failure:
+            raise EpochError(self._failure)
+
+    def begin(self) -> None:
+        """Tell the hosts to prepare; raise NotNowError if another backup of the volume is under way."""
+        if not self._index.put(self._key, self.epoch.as_json(), new=True, lasts=words.HEARD_OF):
+            raise NotNowError(
+                f"{self._volume}: another backup of it is running, or ended a few seconds ago without a word",
+                remedy="Try again when it is done.",
+            )
+        self._watcher.start()
+        self._wait_for(Report.QUIET, words.HELD)
+
+    def hold(self) -> None:
+        """Have all hosts hold their writes."""
+        self._tell(Stage.HOLD)
+        self._wait_for(Report.HELD, words.HELD)
+
+    def open(self) -> None:
+        """Make this the instant: what is written from here on is logged. Return when all hosts know."""
+        self._index.open_claims(self.epoch.id)
+        self._tell(Stage.OPEN)
+        self._wait_for(Report.LOGGING, words.HELD)
+
+    def seal(self) -> None:
+        """Have all hosts stop logging."""
+        self.check()
+        self._tell(Stage.SEAL)
+        self._wait_for(Report.SEALED, _PATIENCE_TO_SEAL)
+        self._index.close_claims(self.epoch.id)
+
+    def gather(self, path: Path, advance: Callable[[int], None]) -> LogLayer:
+        """Take the logs of all hosts, and return them edited to one, in a new file.
+
+        Raise EpochError if an image is missing, or there twice.
+        """
+        reports = self._reports()
+        with contextlib.closing(LogWriter(path, chunk=self.epoch.chunk, size=self.size)) as writer:
+            for host in reports:
+                got = self._gather_from(host, writer, advance)
+                claimed = np.sort(self._index.claimed(self.epoch.id, host))
+                if not np.array_equal(np.sort(got), claimed):
+                    raise EpochError(f"{host}: its log does not hold just the {claimed.size} chunks that it claimed")
+        self.check()
+        return LogLayer(path, self.size)
+
+    def end(self) -> None:
+        """Take the epoch out of the index."""
+        self._over.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        with contextlib.suppress(BlockferryError):  # it goes by itself in a while
+            said = self._index.get(self._key)
+            if said and said.get("id") == self.epoch.id:
+                self._index.remove(self._key)
+            self._index.remove(words.below(self.epoch.id))
+
+    @property
+    def _key(self) -> str:
+        return words.epoch_key(self._volume)
+
+    def _tell(self, stage: Stage) -> None:
+        with self._turn:
+            self.epoch = Epoch(self.epoch.id, stage, self.epoch.hosts, self.epoch.chunk)
+            self._index.put(self._key, self.epoch.as_json(), lasts=words.HEARD_OF)
+
+    def _reports(self) -> dict[str, dict[str, Any]]:
+        key = words.report_key(self.epoch.id)
+        return {found.removeprefix(key): said for found, said in sorted(self._index.list(key).items())}
+
+    def _wait_for(self, report: Report, seconds: float) -> None:
+        """Wait until every host, also one that came later, has reported so much; EpochError if one does not."""
+        deadline = time.monotonic() + seconds
+        while True:
+            reports = self._reports()
+            self._refuse_failed(reports)
+            missing = [host for host in {*self.epoch.hosts, *reports} if _state(reports, host) != report.value]
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise EpochError(f"{', '.join(sorted(missing))}: did not report `{report}` within {seconds:g} s")
+            time.sleep(_LOOK_EVERY)
+
+    def _watch(self) -> None:
+        """Renew the epoch, and look after the hosts, until it is over."""
+        renewed = time.monotonic()
+        while not self._over.wait(_WATCH_EVERY):
+            try:
+                if time.monotonic() - renewed > words.RENEWED:
+                    with self._turn:
+                        self._index.put(self._key, self.epoch.as_json(), lasts=words.HEARD_OF)
+                    renewed = time.monotonic()
+                reports = self._reports()
+                self._refuse_failed(reports)
+                gone = {*self.epoch.hosts, *reports} - hosts_of(self._index, self._volume).keys()
+                if gone:
+                    raise EpochError(f"{', '.join(sorted(gone))}: nothing is heard of its guard any more")
+            except BlockferryError as error:
+                self._failure = error.message
+                return
+
+    def _refuse_failed(self, reports: dict[str, dict[str, Any]]) -> None:
+        for host, said in reports.items():
+            if said.get("state") == Report.FAILED.value:
+                raise EpochError(f"{host}: {said.get('reason')}")
+
+    def _gather_from(self, host: str, writer: LogWriter, advance: Callable[[int], None]) -> np.ndarray:
+        """Write one host's log to the entire one; return the chunks that it had."""
+        taken, total = [np.empty(0, np.int64)], 0
+        for offset, data in self._pieces(host):
+            if not data:
+                if offset != total:
+                    raise EpochError(f"{host}: {offset} bytes of its log were sent, {total} came")
+                return np.concatenate(taken)
+            chunk = writer.chunk
+            last = offset + len(data) == self.size
+            if offset % chunk or (len(data) % chunk and not last) or offset + len(data) > self.size:
+                raise EpochError(f"{host}: its log has {len(data)} bytes at {offset}, which are no chunks of the volume")
+            numbers = np.arange(offset // chunk, -(-(offset + len(data)) // chunk))
+            writer.append(numbers, [data[place : place + chunk] for place in range(0, len(data), chunk)])
+            taken.append(numbers)
+            total += len(data)
+            advance(len(data))
+        raise EpochError(f"{host}: its log did not come to its end")
+
+    def _pieces(self, host: str) -> Iterator[tuple[int, memoryview]]:
+        """Yield (offset, bytes) of what a host sends, the end included; EpochError if nothing comes any more."""
+        queue = words.log_queue(self.epoch.id, host)
+        while True:
+            deadline = time.monotonic() + _PATIENCE_FOR_LOGS
+            while (piece := self._index.pop(queue, 1.0)) is None:
+                self.check()
+                if time.monotonic() > deadline:
+                    raise EpochError(f"{host}: its log does not come")
+            if len(piece) < PLACE.size:
+                raise EpochError(f"{host}: what it sends is no log")
+            yield PLACE.unpack_from(piece)[0], memoryview(piece)[PLACE.size :]
+
+
+@contextlib.contextmanager
+def coordinated(index: LogIndex, volume: str, size: int, wanted: Sequence[str]) -> Iterator[Coordinator]:
+    """Give an epoch of all hosts whose guards are there, for the length of the context.
+
+    Raise UsageError if there are none, or one that is wanted is missing, or sees a volume of another size.
+    """
+    hosts = hosts_of(index, volume)
+    if missing := set(wanted) - hosts.keys():
+        raise UsageError(
+            f"{volume}: no guard runs on {', '.join(sorted(missing))}", remedy="Start it there: blockferry guard start"
+        )
+    if not hosts:
+        raise UsageError(
+            f"{volume}: no host has a guard in front of it", remedy="On each: blockferry guard start VOLUME --index URL"
+        )
+    if odd := [host for host, about in hosts.items() if about.get("size") != size]:
+        raise UsageError(f"{volume}: has another size on {', '.join(odd)}", remedy="Is it the same device?")
+    coordinator = Coordinator(index, volume, size, list(hosts))
+    try:
+        coordinator.begin()
+        yield coordinator
+    finally:
+        coordinator.end()
+
+
+def _state(reports: dict[str, dict[str, Any]], host: str) -> str:
+    return str(reports.get(host, {}).get("state", ""))
