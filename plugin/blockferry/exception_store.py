@@ -91,8 +91,8 @@ def read_header(descriptor: int) -> int:
 def read_areas(descriptor: int, chunk: int, chunks: int) -> Iterator[tuple[Offsets, Offsets]]:
     """Yield the pairs of each area in order: chunks of the volume, of which there are `chunks`, and of the store.
 
-    `chunk` is what `read_header` returned. Raise ExceptionStoreError for what the kernel does not write; that no chunk is
-    named twice is not checked. `descriptor` may be opened with O_DIRECT if a chunk is what that can read.
+    `chunk` is what `read_header` returned. Raise ExceptionStoreError for what the kernel does not write, except
+    that a chunk may be named twice. `descriptor` may be opened with O_DIRECT if a chunk is what that can read.
     """
     room = os.lseek(descriptor, 0, os.SEEK_END) // chunk
     buffer = mmap.mmap(-1, chunk)  # direct I/O wants an aligned buffer

@@ -116,8 +116,8 @@ class LogWriter:
         this returns, so that until then the volume itself still has the image; and a power cut in between ends the
         epoch, whose logs are then of no use. The kernel's own snapshots, which have to outlive that, flush twice.
 
-        Raise LogError if it cannot be written: then the log is as it was before, and takes no more. (If not even that can
-        be written, some of the batch is in it.)
+        Raise LogError if it cannot be written: then the log takes no more, and is as it was before; should not even that
+        work, it has a part of the batch besides.
         """
         self._check(chunks, images)
         if not self._usable:
@@ -321,7 +321,7 @@ def edit(logs: Sequence[LogLayer], writer: LogWriter) -> None:
 
 
 def _read_table(descriptor: int, name: Path | str, size: int) -> tuple[int, Offsets, Offsets]:
-    """Return the bytes of a chunk, and the pairs in the log's order; raise LogError if it is none, or of another volume."""
+    """Return the bytes of a chunk, and the pairs in the log's order; raise LogError if it is none of this volume."""
     try:
         chunk = read_header(descriptor)
         areas = list(read_areas(descriptor, chunk, -(-size // chunk)))
