@@ -116,8 +116,8 @@ class LogWriter:
         this returns, so that until then the volume itself still has the image; and a power cut in between ends the
         epoch, whose logs are then of no use. The kernel's own snapshots, which have to outlive that, flush twice.
 
-        Raise LogError if it cannot be written: then the log takes no more, and is as it was before; should not even that
-        work, it has a part of the batch besides.
+        Raise LogError if it cannot be written: then the log takes no more, and is as it was before; if even that cannot
+        be had, it has a part of the batch besides.
         """
         self._check(chunks, images)
         if not self._usable:
@@ -254,7 +254,8 @@ class LogLayer(BaseLayer):
         for number, place in zip(self.chunks[first:last].tolist(), self._places[first:last].tolist(), strict=True):
             begin = number * self.chunk
             start, stop = max(begin, offset), min(begin + self.chunk, end, self.size)
-            pieces.append((place * self.chunk + start - begin, buffer[start - offset : stop - offset]))
+            if start < stop:
+                pieces.append((place * self.chunk + start - begin, buffer[start - offset : stop - offset]))
         self._read(pieces)
 
     def read_images(self, chunks: Offsets, images: Sequence[memoryview]) -> None:
