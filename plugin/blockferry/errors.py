@@ -89,3 +89,7 @@ class EpochError(BlockferryError):
 
 class VerificationError(BlockferryError):
     """Bytes that should be equal are not."""
+
+
+class LogError(BlockferryError):
+    """A before-image log is void, torn or none, or cannot be written."""

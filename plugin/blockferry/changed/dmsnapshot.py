@@ -1,12 +1,7 @@
 """What changed on a thick logical volume: the chunks that an LVM snapshot, kept since the checkpoint, has copied out.
 
-As lvmsync does, the snapshot's copy-on-write device is read, in the format of the kernel's
-drivers/md/dm-snap-persistent.c. Everything is little-endian, and in chunks of the size that the header names:
-
-    chunk 0                          magic "SnAp", valid, version 1, chunk size in sectors, each a u32
-    chunk 1 + n * (exceptions + 1)   area n: pairs (chunk of the volume, chunk of this device) of u64, `exceptions` of
-                                     them, as many as a chunk holds; the first without a second half is the end
-    all others                       what was copied out
+As lvmsync does, the snapshot's copy-on-write device is read: its table says what was copied out, in the format that
+`exception_store` describes.
 
 The kernel writes a pair, past the caches of the disk, before the write that caused it goes on to the volume: whatever
 was written before the volume was made to hold still is in the table. A volume with a thick snapshot takes no discards.
@@ -21,23 +16,18 @@ import itertools
 import mmap
 import os
 import re
-from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from blockferry.changed import devicemapper
 from blockferry.changed.devicemapper import CannotTrackError, LogicalVolume
-from blockferry.extents import ExtentSet, Offsets
+from blockferry.exception_store import ExceptionStoreError, VoidStoreError, is_chunk, read_areas, read_header
+from blockferry.extents import ExtentSet
 from blockferry.hookspecs import ChangedBlocks, Checkpoint, Declined, hookimpl
 from blockferry.inuse import device_name
 from blockferry.volume import Volume
 
 TRACKER = "dmsnapshot"
-
-_HEADER = np.dtype([("magic", "<u4"), ("valid", "<u4"), ("version", "<u4"), ("chunk", "<u4")])
-_EXCEPTION = np.dtype([("old", "<u8"), ("new", "<u8")])
-_MAGIC = 0x70416E53
 
 _CHUNK = 4096
 """Small chunks copy, and count as changed, the least."""
@@ -147,46 +137,20 @@ def read_changed(descriptor: int, chunk: int, size: int) -> ExtentSet:
     `descriptor`, at its beginning, is the copy-on-write device of any persistent device-mapper snapshot, `chunk` the
     bytes of a chunk according to its table. Raise CannotTrackError if the table is not what the kernel writes.
     """
-    if chunk < mmap.PAGESIZE or chunk & (chunk - 1):
+    if chunk < mmap.PAGESIZE or not is_chunk(chunk):
         raise CannotTrackError(f"a snapshot has chunks of {chunk} bytes")
     changed = ExtentSet.empty()
-    areas = _areas(descriptor, chunk, -(-size // chunk))
-    while batch := list(itertools.islice(areas, _BATCH)):
-        starts = np.concatenate(batch) * chunk
-        changed = changed.union(ExtentSet.from_ranges(starts, np.minimum(starts + chunk, size)))
+    try:
+        if read_header(descriptor) != chunk:
+            raise CannotTrackError("a snapshot's table has chunks of another size than the snapshot")
+        areas = read_areas(descriptor, chunk, -(-size // chunk))
+        while batch := list(itertools.islice(areas, _BATCH)):
+            starts = np.concatenate([old for old, _new in batch]) * chunk
+            changed = changed.union(ExtentSet.from_ranges(starts, np.minimum(starts + chunk, size)))
+    except VoidStoreError:
+        raise CannotTrackError(
+            "the kept snapshot is void: more was written to the volume than it had room to note"
+        ) from None
+    except ExceptionStoreError as reason:
+        raise CannotTrackError(f"a snapshot's table {reason}") from None
     return changed
-
-
-def _areas(descriptor: int, chunk: int, chunks: int) -> Iterator[Offsets]:
-    """Yield the chunks of the volume, `chunks` in all, that are in each area of a table."""
-    room = os.lseek(descriptor, 0, os.SEEK_END) // chunk
-    buffer = mmap.mmap(-1, chunk)  # direct I/O wants an aligned buffer
-    _read(descriptor, buffer, 0)
-    _check_header(np.frombuffer(buffer, _HEADER, 1), chunk)
-    exceptions = chunk // _EXCEPTION.itemsize
-    for place in range(1, room, exceptions + 1):
-        _read(descriptor, buffer, place * chunk)
-        area = np.frombuffer(buffer, _EXCEPTION).copy()
-        ends = np.flatnonzero(area["new"] == 0)
-        filled = area[: ends[0]] if ends.size else area
-        if bool((filled["old"] >= chunks).any()) or bool((filled["new"] >= room).any()):
-            raise CannotTrackError("a snapshot's table names chunks that its devices do not have")
-        yield filled["old"].astype(np.int64)
-        if ends.size:
-            return
-    raise CannotTrackError("a snapshot's table has no end")
-
-
-def _check_header(header: npt.NDArray[np.void], chunk: int) -> None:
-    """Raise CannotTrackError unless a table is whole and has chunks of `chunk` bytes."""
-    if int(header["magic"][0]) != _MAGIC or int(header["version"][0]) != 1:
-        raise CannotTrackError("a snapshot's table does not begin as the kernel writes it")
-    if int(header["valid"][0]) != 1:
-        raise CannotTrackError("the kept snapshot is void: more was written to the volume than it had room to note")
-    if int(header["chunk"][0]) * devicemapper.SECTOR != chunk:
-        raise CannotTrackError("a snapshot's table has chunks of another size than the snapshot")
-
-
-def _read(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
-    if os.preadv(descriptor, [buffer], offset) != len(buffer):
-        raise CannotTrackError("a snapshot's table is cut short")
