@@ -85,3 +85,11 @@ class TrackerError(BlockferryError):
 
 class VerificationError(BlockferryError):
     """Bytes that should be equal are not."""
+
+
+class LogIndexError(BlockferryError):
+    """The index that the hosts of a shared volume have in common does not answer, is full, or refuses."""
+
+
+class EpochClosedError(LogIndexError):
+    """No chunk can be claimed in this epoch: it is closed, or the index does not remember all of its claims."""

@@ -7,6 +7,7 @@ import importlib
 import pluggy
 
 from blockferry import hookspecs
+from blockferry.cluster.index import LogIndex
 from blockferry.errors import UsageError
 from blockferry.repository import Repository
 
@@ -34,6 +35,8 @@ BUILTIN = (
     "blockferry.hot.buffer",
     "blockferry.hot.onto_target",
     "blockferry.hot.arming",
+    "blockferry.cluster.sqlite_index",
+    "blockferry.cluster.redis_index",
 )
 
 
@@ -68,6 +71,17 @@ def repository_named(manager: pluggy.PluginManager, reference: str) -> Repositor
             remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
         )
     return repository
+
+
+def log_index_named(manager: pluggy.PluginManager, reference: str) -> LogIndex:
+    """Return the log index that a reference names, opened; raise UsageError if no plugin knows such references."""
+    index: LogIndex | None = manager.hook.blockferry_log_index(reference=reference)
+    if index is None:
+        raise UsageError(
+            f"{mask(reference)}: not a log index",
+            remedy="Write redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), redis+unix:///PATH or sqlite:///PATH.",
+        )
+    return index
 
 
 def mask(reference: str) -> str:
