@@ -93,3 +93,11 @@ class VerificationError(BlockferryError):
 
 class LogError(BlockferryError):
     """A before-image log is void, torn or none, or cannot be written."""
+
+
+class LogIndexError(BlockferryError):
+    """The index that the hosts of a shared volume have in common does not answer, is full, or refuses."""
+
+
+class EpochClosedError(LogIndexError):
+    """No chunk can be claimed in this epoch: it is closed, or the index does not remember all of its claims."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from blockferry.cluster.index import LogIndex
     from blockferry.config.configuration import Configuration
     from blockferry.extents import ExtentSet
     from blockferry.hot.cache import RestoreCache
@@ -134,6 +135,17 @@ def blockferry_open_repository(reference: str) -> Repository | None:
     """Return the repository that a reference names. Stops at the first answer.
 
     :param reference: what the user wrote after `--repo`, for example `borg:ssh://nas/./vms` or `restic:/srv/restic`.
+    """
+
+
+# -- shared volumes ----------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def blockferry_log_index(reference: str) -> LogIndex | None:
+    """Return the log index that a reference names, opened: it answers, and can be used. Stops at the first answer.
+
+    :param reference: as the user wrote it, for example `redis://nas:6379/0` or `sqlite:///var/lib/blockferry/index.db`.
     """
 
 

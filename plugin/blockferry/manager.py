@@ -35,6 +35,8 @@ BUILTIN = (
     "blockferry.hot.buffer",
     "blockferry.hot.onto_target",
     "blockferry.hot.arming",
+    "blockferry.cluster.sqlite_index",
+    "blockferry.cluster.redis_index",
 )
 
 
@@ -71,12 +73,13 @@ def repository_named(manager: pluggy.PluginManager, reference: str) -> Repositor
     return repository
 
 
-def index_named(manager: pluggy.PluginManager, reference: str) -> LogIndex:
-    """Return the log index that a reference names; raise UsageError if no plugin knows such references."""
+def log_index_named(manager: pluggy.PluginManager, reference: str) -> LogIndex:
+    """Return the log index that a reference names, opened; raise UsageError if no plugin knows such references."""
     index: LogIndex | None = manager.hook.blockferry_log_index(reference=reference)
     if index is None:
         raise UsageError(
-            f"{mask(reference)}: not a log index", remedy="Write redis://HOST:PORT/0 or sqlite:///PATH."
+            f"{mask(reference)}: not a log index",
+            remedy="Write redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), redis+unix:///PATH or sqlite:///PATH.",
         )
     return index
 

@@ -19,7 +19,7 @@ from blockferry.cluster.backup import SharedResult, back_up_shared
 from blockferry.cluster.coordinator import hosts_of
 from blockferry.cluster.engines import Engine
 from blockferry.errors import UsageError
-from blockferry.manager import index_named
+from blockferry.manager import log_index_named
 from blockferry.volume import Volume, default_name
 
 
@@ -69,7 +69,7 @@ def backup(
     with contextlib.ExitStack() as opened:
         repository = opened.enter_context(context.repository(reference))
         logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
-        shared_index = opened.enter_context(contextlib.closing(index_named(context.manager, index)))
+        shared_index = opened.enter_context(contextlib.closing(log_index_named(context.manager, index)))
         chosen = opened.enter_context(_engine(engine, processes, found.name))
         result = back_up_shared(
             context.manager,
@@ -109,7 +109,7 @@ def hosts(context: Context, volume: str, index: str) -> None:
     Example:
       blockferry cluster hosts lun0 --index redis://10.0.0.5/0
     """
-    with contextlib.closing(index_named(context.manager, index)) as shared_index:
+    with contextlib.closing(log_index_named(context.manager, index)) as shared_index:
         found = hosts_of(shared_index, volume)
     rows: list[dict[str, Any]] = [{"host": host, **about} for host, about in found.items()]
 

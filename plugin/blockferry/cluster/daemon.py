@@ -26,7 +26,7 @@ from blockferry.cluster.write_back import WriteBack
 from blockferry.errors import BlockferryError, NotNowError, UsageError
 from blockferry.hot import disk
 from blockferry.inuse import holders_and_mounts
-from blockferry.manager import index_named, plugin_manager
+from blockferry.manager import log_index_named, plugin_manager
 from blockferry.state import state_directory
 from blockferry.volume import Volume
 
@@ -98,7 +98,7 @@ def serve(request: Request) -> None:
     try:
         with (
             service.only_one(place, taken(request.name)),
-            contextlib.closing(index_named(plugin_manager(), request.index)) as index,
+            contextlib.closing(log_index_named(plugin_manager(), request.index)) as index,
             _guarding(request, index) as guarding,
             service.listening(place) as listener,
         ):
