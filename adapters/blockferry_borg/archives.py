@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 IMAGE_NAME = "volume.img"
 COMPRESSION_VARIABLE = "BLOCKFERRY_BORG_COMPRESSION"
 _COMMENT = "blockferry "
-_LISTED = ("snapshot", "volume", "tier", "size", "base", "part", "state_of", "created")
+_LISTED = ("snapshot", "volume", "tier", "size", "base", "part", "state_of", "share_of", "closing", "created")
 
 _MOST_CHUNKS = 1 << 22
 _UNITS = (1 << 20, 4 << 20, 16 << 20)
@@ -71,6 +71,8 @@ def snapshot_from(name: str, comment: str) -> Snapshot | None:
             base=told.get("base"),
             part=told.get("part") is True,
             state_of=told.get("state_of"),
+            share_of=told.get("share_of"),
+            closing=told.get("closing") is True,
         )
     except (ValueError, KeyError, TypeError):
         log.warning("archive %s: its comment begins like one of ours and is none; left out", name)

@@ -275,6 +275,8 @@ def _tags(record: Record, files: int) -> Iterator[str]:
         "base": record.base,
         "part": "1" if record.part else "",
         "state": record.state_of,
+        "share": record.share_of,
+        "closing": "1" if record.closing else "",
         "created": record.created,
     }
     for name, value in values.items():
@@ -301,6 +303,8 @@ def _snapshot(entry: Entry) -> Snapshot | None:
             base=values.get("base"),
             part=values.get("part") == "1",
             state_of=values.get("state"),
+            share_of=values.get("share"),
+            closing=values.get("closing") == "1",
         )
     except (KeyError, ValueError) as error:
         log.warning("restic snapshot %s is left out: %s", str(entry.get("id"))[:8], error)

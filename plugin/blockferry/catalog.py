@@ -16,6 +16,7 @@ from typing import Any
 
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.repository import Repository
+from blockferry.sets import without_shares
 from blockferry.snapshot import Record, Snapshot
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Catalog:
         """Make the repository's part of the catalog again; return how many snapshots, and what could not be read."""
         known = self.statistics(repository.reference)
         found, damaged = [], []
-        for snapshot in repository.snapshots():
+        for snapshot in without_shares(repository.snapshots()):
             try:
                 found.append((snapshot, repository.describe(snapshot)[0]))
             except DamagedSnapshotError as error:

@@ -24,6 +24,7 @@ from blockferry.extents import ExtentSet
 from blockferry.hookspecs import ChangedBlocks
 from blockferry.layers import CutLayer, Layer
 from blockferry.repository import Base, Repository
+from blockferry.sets import without_shares
 from blockferry.snapshot import Snapshot, find
 from blockferry.volume import Volume
 
@@ -147,7 +148,7 @@ def _pieces(same: ExtentSet, count: int) -> Iterator[tuple[int, int]]:
 
 def _candidates(snapshots: Sequence[Snapshot], volume: Volume, since: str) -> list[Snapshot]:
     """Return the snapshots that a difference may start at, the one that is wanted first, then the nearest to it."""
-    mine = [each for each in snapshots if each.volume == volume.name]
+    mine = [each for each in without_shares(snapshots) if each.volume == volume.name]
     if since == LATEST:
         return mine[::-1]
     wanted = find(snapshots, since)

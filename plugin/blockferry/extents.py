@@ -7,7 +7,7 @@ two extents touch. Every operation is a few numpy passes over those arrays, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +186,17 @@ class ExtentSet:
             yield self.clip(start, end)
             position = end
             index = int(np.searchsorted(self.ends, end, side="right"))
+
+
+def overlaps(sets: Sequence[ExtentSet]) -> ExtentSet:
+    """Return the bytes that are in more than one of the sets."""
+    starts = np.concatenate([np.empty(0, np.int64), *(each.starts for each in sets)])
+    ends = np.concatenate([np.empty(0, np.int64), *(each.ends for each in sets)])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
+    reach = np.maximum.accumulate(ends)[:-1]
+    twice = starts[1:] < reach
+    return ExtentSet.from_ranges(starts[1:][twice], np.minimum(ends[1:], reach)[twice])
 
 
 def _coalesce(starts: Offsets, ends: Offsets, gap: int) -> tuple[Offsets, Offsets]:

@@ -21,6 +21,8 @@ from blockferry.extents import ExtentSet
 
 _BOUNCE = 1 << 20
 """Bytes that a read with unaligned ends is cut into."""
+_READ_THROUGH = 64 << 10
+"""Gaps in what is wanted of a layer that are cheaper to read than to leave out, in bytes: less than any chunk."""
 
 
 @runtime_checkable
@@ -153,7 +155,7 @@ class DirectLayer(FileLayer):
 class CutLayer(BaseLayer):
     """Another layer, answering only for some extents: the rest reads as zero."""
 
-    def __init__(self, layer: Layer, extents: ExtentSet, *, gap: int = 64 << 10) -> None:
+    def __init__(self, layer: Layer, extents: ExtentSet, *, gap: int = _READ_THROUGH) -> None:
         """Answer for `extents` of `layer`; gaps of at most `gap` bytes are read through and then zeroed."""
         self.layer = layer
         self.size = layer.size
@@ -199,9 +201,8 @@ class Stack(BaseLayer):
         missing = ExtentSet.from_pairs([(offset, len(buffer))])
         for layer in self.layers:
             found = missing.intersection(layer.extents)
-            for start, length in found:
-                layer.read_into(start, buffer[start - offset : start - offset + length])
             if found:
+                _read_pieces(layer, found, offset, buffer)
                 missing = missing.difference(found)
             if not missing:
                 return
@@ -224,6 +225,22 @@ class Stack(BaseLayer):
         """Close every layer."""
         for layer in self.layers:
             layer.close()
+
+
+def _read_pieces(layer: Layer, pieces: ExtentSet, offset: int, buffer: memoryview) -> None:
+    """Read pieces of a layer to their places in a buffer that begins at `offset`; those close together in one step.
+
+    A repository fetches a whole chunk for each step.
+    """
+    for start, length in pieces.coalesce(_READ_THROUGH):
+        place = buffer[start - offset : start - offset + length]
+        if pieces.covers(start, start + length):
+            layer.read_into(start, place)
+            continue
+        through = memoryview(bytearray(length))
+        layer.read_into(start, through)
+        for at, size in pieces.clip(start, start + length).shift(-start):
+            place[at : at + size] = through[at : at + size]
 
 
 def _zero(view: memoryview) -> None:

@@ -1,7 +1,8 @@
 """Merging: a part and all that it lies on become one whole snapshot, which needs none of them any more.
 
 It is the write road once more, with the chain in place of a volume: where the repository can take chunks over from
-several snapshots nothing is read; else what the largest of them lacks is read out of the others.
+several snapshots nothing is read; else what the largest of them lacks is read out of the others. Of a set the chunks
+that its log has something of are read: the log is written over the copy.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Merged:
 def merge(repository: Repository, named: Sequence[Snapshot], progress: Progress) -> Merged:
     """Store the newest of some snapshots, with all that it lies on, as one that is whole.
 
-    Raise UsageError if one of the others is not among what it lies on, DamagedSnapshotError if one of those is gone.
+    Raise UsageError if one of the others is not among what it lies on, DamagedSnapshotError if one of those is gone or
+    does not belong there.
     """
     began = time.monotonic()
     snapshots = repository.snapshots()
@@ -62,12 +64,14 @@ def merge(repository: Repository, named: Sequence[Snapshot], progress: Progress)
     _check_named(chain, named)
     used = chain.newest.block_map.extents(Kind.DATA, Kind.SAME)
     size = chain.newest.record.size
+    merged = [link.snapshot.id for link in reversed(chain.states)]
     record = dataclasses.replace(
         chain.newest.record,
         snapshot=new_snapshot_id(),
-        tier_reason=f"merged from {', '.join(link.snapshot.id for link in reversed(chain.links))}",
-        base=chain.links[-1].snapshot.id,
+        tier_reason=f"merged from {', '.join(merged)}",
+        base=merged[0],
         part=False,
+        shares=None,
         state_of=chain.newest.record.state_of or newest.id,
     )
     block_map, bases = reusable(chain, BlockMap.build(size, data=used.difference(used), same=used), used, repository)
@@ -75,8 +79,20 @@ def merge(repository: Repository, named: Sequence[Snapshot], progress: Progress)
         stored, read = _store(repository, chain, block_map, bases, record, progress)
     except BaseUnusableError:
         stored, read = _store(repository, chain, BlockMap.build(size, data=used), [], record, progress)
-    merged = [link.snapshot.id for link in reversed(chain.links)]
     return Merged(stored.snapshot, record, merged, read, stored.bytes_stored, time.monotonic() - began)
+
+
+def apply_log(repository: Repository, snapshot: Snapshot, progress: Progress) -> Merged:
+    """Store a set as one whole snapshot: its copy of the volume with its log written over it.
+
+    Raise UsageError if it is no set, DamagedSnapshotError if the log does not belong to the copy.
+    """
+    if not snapshot.closing:
+        raise UsageError(
+            f"snapshot {snapshot.id} is no set: no log belongs to it",
+            remedy="`blockferry merge` makes one whole snapshot of a part and what it lies on.",
+        )
+    return merge(repository, [snapshot], progress)
 
 
 def _store(
@@ -100,12 +116,12 @@ def _source(repository: Repository, chain: Chain, block_map: BlockMap) -> Iterat
 
 def _check_named(chain: Chain, named: Sequence[Snapshot]) -> None:
     """Raise UsageError unless there is something to merge, and all that was named is part of it."""
-    newest, members = chain.newest.snapshot, {link.snapshot.id for link in chain.links}
+    newest, members = chain.newest.snapshot, {link.snapshot.id for link in chain.states}
     strangers = [each.id for each in named if each.id not in members]
     if strangers:
         raise UsageError(
             f"snapshot {newest.id} does not lie on {', '.join(strangers)}",
             remedy=f"It lies on: {', '.join(sorted(members - {newest.id})) or 'nothing, it is whole'}.",
         )
-    if len(chain.links) == 1:
+    if not chain.newest.record.part:
         raise UsageError(f"snapshot {newest.id} is whole already", remedy="Name a part: `blockferry snapshots` shows.")

@@ -17,6 +17,7 @@ from typing import Any
 
 from blockferry.blockmap import Kind
 from blockferry.errors import DamagedSnapshotError, SnapshotNotFoundError
+from blockferry.sets import refuse_share, without_shares
 
 RECORD_NAME = "blockferry.json"
 MAP_NAME = "blockferry.map"
@@ -75,7 +76,7 @@ class Record:
     base: str | None = None
     """The snapshot from which on the changes were listed."""
     part: bool = False
-    """Only what changed since the base is stored here: the rest is to be had by tracing back."""
+    """Only some of it is stored here, such as what changed since the base: the rest is to be had by tracing back."""
     tracker: str = ""
     """Who listed the changes, if anybody did."""
     checkpoints: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -84,9 +85,18 @@ class Record:
     """Of a merged snapshot: the one whose state of the volume this is, and whose the checkpoints are."""
     group: dict[str, Any] | None = None
     """Of a group of files: what it is, and in `table` where in the image the table of its files is."""
+    share_of: str | None = None
+    """Of a share of a volume: the set that it is of, which is stored later."""
+    shares: list[str] | None = None
+    """Of a set: the shares that its own image, the entire log, lies over."""
     blockferry: str = ""
     """The version that wrote it."""
     schema: int = SCHEMA
+
+    @property
+    def closing(self) -> bool:
+        """Whether this is what closes a set: the entire log, stored when all shares were."""
+        return self.shares is not None
 
     @property
     def stored_kinds(self) -> tuple[Kind, ...]:
@@ -122,8 +132,7 @@ class Record:
                 raise ValueError("a size is not a number of bytes")
             if not all(isinstance(text, str) for text in (record.snapshot, record.volume, record.path, record.created)):
                 raise ValueError("a name is not a text")
-            if not isinstance(record.base, str | None) or (record.part and not record.base):
-                raise ValueError("a part has no base")
+            _check_relations(record)
             if not isinstance(record.checkpoints, dict) or not isinstance(record.identity, dict):
                 raise ValueError("an identity or a checkpoint is not what it should be")
             if not isinstance(record.group, dict | None):
@@ -150,6 +159,8 @@ class Snapshot:
     base: str | None = None
     part: bool = False
     state_of: str | None = None
+    share_of: str | None = None
+    closing: bool = False
 
     @classmethod
     def of(cls, record: Record, archive: str) -> Snapshot:
@@ -164,6 +175,8 @@ class Snapshot:
             base=record.base,
             part=record.part,
             state_of=record.state_of,
+            share_of=record.share_of,
+            closing=record.closing,
         )
 
 
@@ -180,25 +193,48 @@ def zeros_are_content(method: str) -> bool:
     return method in (WHOLE, SPARSE)
 
 
-def find(snapshots: Sequence[Snapshot], name: str) -> Snapshot:
+def find(snapshots: Sequence[Snapshot], name: str, *, shares: bool = False) -> Snapshot:
     """Return the snapshot of that id, of which it is a unique prefix, or the newest for `latest`.
 
-    Raise SnapshotNotFoundError if there is none, or more than one.
+    Raise SnapshotNotFoundError if there is none, or more than one, UsageError for a share, unless `shares` may be named.
     """
-    if not snapshots:
-        raise SnapshotNotFoundError(
-            "the repository holds no snapshot of blockferry's", remedy="Make one: blockferry backup VOLUME --repo REF"
-        )
-    if name == "latest":
+    states = without_shares(snapshots)
+    if name == "latest" and states:
         # A merged snapshot is as old as the one whose state it is.
-        return max(snapshots, key=lambda snapshot: (snapshot.created, snapshot.state_of is not None))
-    matching = [each for each in snapshots if name and each.id.startswith(name)]
+        return max(states, key=lambda snapshot: (snapshot.created, snapshot.state_of is not None))
+    matching = _beginning_with(states, name) or _beginning_with(snapshots, name)
     if len(matching) == 1:
+        if not shares:
+            refuse_share(matching[0])
         return matching[0]
     remedy = "`blockferry snapshots` lists what there is."
     if matching:
         raise SnapshotNotFoundError(f"{name}: {len(matching)} snapshots begin with it", remedy=remedy)
+    if not states:
+        raise SnapshotNotFoundError(
+            "the repository holds no snapshot of blockferry's", remedy="Make one: blockferry backup VOLUME --repo REF"
+        )
     raise SnapshotNotFoundError(f"{name}: no such snapshot", remedy=remedy)
+
+
+def _beginning_with(snapshots: Sequence[Snapshot], name: str) -> list[Snapshot]:
+    return [each for each in snapshots if name and each.id.startswith(name)]
+
+
+def _check_relations(record: Record) -> None:
+    """Raise ValueError unless it can be told what a part lies on: a base, a log's shares, or a share's neighbours."""
+    if not isinstance(record.base, str | None) or not isinstance(record.share_of, str | None):
+        raise ValueError("a base or a set is not an id")
+    shares = record.shares
+    if not isinstance(shares, list | None) or not all(isinstance(each, str) for each in shares or []):
+        raise ValueError("the shares are not a list of ids")
+    if len(set(shares or [])) < len(shares or []):
+        raise ValueError("a share is there twice")
+    in_a_set = (record.share_of is not None) + (shares is not None)
+    if in_a_set > 1 or (in_a_set and (record.base or not record.part)):
+        raise ValueError("what is in a set is nothing else")
+    if record.part and not record.base and not in_a_set:
+        raise ValueError("a part has no base")
 
 
 def new_snapshot_id() -> str:

@@ -16,7 +16,8 @@ from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
 from blockferry.config.configuration import Configuration, load_configuration
 from blockferry.errors import UsageError
-from blockferry.manager import plugin_manager, repository_named
+from blockferry.joined import repository_with_log
+from blockferry.manager import plugin_manager
 from blockferry.repository import Repository
 from blockferry.state import state_directory
 
@@ -48,10 +49,14 @@ class Context:
         return reference or self.configuration.repository or reference_from_environment()
 
     @contextlib.contextmanager
-    def repository(self, reference: str | None) -> Iterator[Repository]:
-        """Open the repository that a reference, or else the configuration or the environment, names."""
-        named = self.reference(reference)
-        with contextlib.closing(repository_named(self.manager, named)) as repository:
+    def repository(self, reference: str | None, log_reference: str | None = None) -> Iterator[Repository]:
+        """Open the repository that a reference, or else the configuration or the environment, names.
+
+        With `log_reference` the snapshots of that repository are there as well.
+        """
+        with contextlib.closing(
+            repository_with_log(self.manager, self.reference(reference), log_reference)
+        ) as repository:
             yield repository
 
     @contextlib.contextmanager
@@ -91,6 +96,16 @@ def index_option(function: Decorated) -> Decorated:
         envvar="BLOCKFERRY_INDEX",
         metavar="URL",
         help="What all hosts share: redis://HOST:PORT/0, sqlite:///PATH on a single one; else BLOCKFERRY_INDEX.",
+    )(function)
+
+
+def log_repository_option(function: Decorated) -> Decorated:
+    """Add `--log-repo`, as the parameter `log_reference`."""
+    return click.option(
+        "--log-repo",
+        "log_reference",
+        metavar="REF",
+        help="Of a set whose log is kept apart: the repository with the log.",
     )(function)
 
 

@@ -28,6 +28,7 @@ from blockferry.groups.table import BESIDE
 from blockferry.groups.walk import Walker
 from blockferry.manager import repository_named
 from blockferry.repository import Repository
+from blockferry.sets import without_shares
 
 _MOST_SHOWN = 20
 
@@ -87,7 +88,8 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
 def _thin_out(group: Group, repository: Repository) -> None:
     """Remove the snapshots of a group that its rules do not keep; a failure costs space, not the backup."""
     try:
-        old = to_remove([each for each in repository.snapshots() if each.volume == group.name], group.keep)
+        listed = without_shares(repository.snapshots())
+        old = to_remove([each for each in listed if each.volume == group.name], group.keep)
         if old:
             delete(repository, old)
             log.info("%s: removed %s", group.name, ", ".join(each.id for each in old))

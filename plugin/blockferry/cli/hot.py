@@ -14,7 +14,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry import service
-from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.hot import arming, attachment, client, daemon, movable
@@ -48,6 +48,7 @@ _parse_rate = functools.partial(parse_bytes, least=0)
 @click.argument("snapshot")
 @click.argument("target", required=False)
 @repository_option
+@log_repository_option
 @click.option("--buffer", metavar="DIR", help="Without a TARGET: keep what was read last in a file in DIR.")
 @click.option("--size", callback=parse_bytes, metavar="BYTES", help="How large that file may become: 20G.")
 @click.option("--name", default="", help="What to call it; else the end of the target's path, or SNAPSHOT.")
@@ -77,6 +78,7 @@ def attach(
     snapshot: str,
     target: str | None,
     reference: str | None,
+    log_reference: str | None,
     buffer: str | None,
     size: int | None,
     name: str,
@@ -103,6 +105,7 @@ def attach(
         name=name or (default_name(target) if target else snapshot),
         reference=context.reference(reference),
         snapshot=snapshot,
+        log_reference=log_reference or "",
         target=os.path.realpath(target) if target else "",
         buffer=os.path.realpath(buffer) if buffer else "",
         buffer_size=size or 0,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import click
 from rich.filesize import decimal
 
 from blockferry.chain import trace
 from blockferry.checkpoints import Checkpoints
-from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.difference import LATEST, Choice, find_difference
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.ladder import used_blocks
 from blockferry.restore import describe_map
-from blockferry.snapshot import find
+from blockferry.sets import incomplete, without_shares
+from blockferry.snapshot import Snapshot, find, now
 from blockferry.volume import Volume
+
+_MOST_SHARES = 8
 
 
 @click.command()
@@ -64,18 +68,25 @@ def used(context: Context, volume: str, extents: bool) -> None:
 
 @click.command()
 @repository_option
+@log_repository_option
 @click.option("--volume", default="", help="Only snapshots of the volume of this name.")
+@click.option("--all", "everything", is_flag=True, help="Also what is left of sets that were never completed.")
 @json_option
 @click.pass_obj
-def snapshots(context: Context, reference: str | None, volume: str) -> None:
+def snapshots(
+    context: Context, reference: str | None, log_reference: str | None, volume: str, everything: bool
+) -> None:
     """List the snapshots in a repository, oldest first.
 
     \b
     Example:
       blockferry snapshots --repo restic:/srv/restic
     """
-    with context.repository(reference) as repository:
-        found = [each for each in repository.snapshots() if not volume or each.volume == volume]
+    with context.repository(reference, log_reference) as repository:
+        listed = repository.snapshots()
+        left_over = incomplete(listed, now())
+        shown = [*without_shares(listed), *(left_over if everything else [])]
+        found = [each for each in listed if each in shown and volume in ("", each.volume)]
         try:
             with context.catalog() as catalog:
                 figures = catalog.statistics(repository.reference)
@@ -88,34 +99,48 @@ def snapshots(context: Context, reference: str | None, volume: str) -> None:
         for each in found:
             stored = figures.get(each.id, {}).get("bytes_stored")
             grown = decimal(stored) if isinstance(stored, int) else "?"
-            below, size = (each.base or "") if each.part else "", decimal(each.size)
-            rows.append((each.id, each.volume, each.created[:19], each.tier, below, size, grown, each.archive))
+            size = decimal(each.size)
+            rows.append((each.id, each.volume, each.created[:19], each.tier, _below(each), size, grown, each.archive))
         return Listing(columns, rows)
 
-    context.output.result(
-        {"version": 1, "snapshots": [dataclasses.asdict(each) | {"run": figures.get(each.id)} for each in found]},
-        listing,
-    )
+    told = [
+        dataclasses.asdict(each) | {"incomplete": each.share_of is not None, "run": figures.get(each.id)}
+        for each in found
+    ]
+    context.output.result({"version": 1, "snapshots": told}, listing)
+
+
+def _below(snapshot: Snapshot) -> str:
+    """Return what a snapshot lies on, for a person to read."""
+    if snapshot.share_of is not None:
+        return f"incomplete: of {snapshot.share_of}"
+    if snapshot.closing:
+        return "its shares"
+    return (snapshot.base or "") if snapshot.part else ""
 
 
 @click.command()
 @click.argument("snapshot")
 @repository_option
+@log_repository_option
 @json_option
 @click.pass_obj
-def show(context: Context, snapshot: str, reference: str | None) -> None:
+def show(context: Context, snapshot: str, reference: str | None, log_reference: str | None) -> None:
     """Show what is known of a SNAPSHOT: its volume, how it was made, and its blocks.
 
     \b
     Example:
       blockferry show latest --repo borg:/srv/borg
     """
-    with context.repository(reference) as repository:
+    shares: list[str] = []
+    with context.repository(reference, log_reference) as repository:
         listed = repository.snapshots()
         found = find(listed, snapshot)
         record, block_map = repository.describe(found)
         try:
-            chain = [link.snapshot.id for link in trace(repository, found, listed).links]
+            traced = trace(repository, found, listed)
+            chain = [link.snapshot.id for link in traced.states]
+            shares = [link.snapshot.id for link in traced.shares]
         except DamagedSnapshotError as error:
             chain, record = [found.id], dataclasses.replace(record, tier_reason=error.message)
     kinds = describe_map(block_map)
@@ -137,12 +162,18 @@ def show(context: Context, snapshot: str, reference: str | None) -> None:
             "blocks": ", ".join(f"{decimal(total)} {kind}" for kind, total in kinds.items()),
             "unit": decimal(record.unit),
             "base": f"{record.base}, changes by {record.tracker}" if record.base else "none",
-            "lies on": ", ".join(chain[1:]) or "nothing: it is whole",
+            "lies on": ", ".join([*chain[1:], *_few(shares)]) or "nothing: it is whole",
             "trackers": ", ".join(sorted(record.checkpoints)) or "none",
         }
         return Listing(("", ""), list(facts.items()))
 
     context.output.result(data, listing)
+
+
+def _few(shares: Sequence[str]) -> list[str]:
+    """Return the first of some shares, and how many more there are, for a person to read."""
+    more = [f"{len(shares) - _MOST_SHARES} more"] if len(shares) > _MOST_SHARES else []
+    return [f"share {each}" for each in shares[:_MOST_SHARES]] + more
 
 
 @click.command()

@@ -36,6 +36,7 @@ COMMANDS = {
     "watch": "arm",
     "udev": "arm",
     "merge": "chains",
+    "apply-log": "chains",
     "delete": "chains",
     "track": "track",
     "guard": "guard",
@@ -58,7 +59,9 @@ class _Commands(click.Group):
         """Return a command, None if there is none of that name."""
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"blockferry.cli.{COMMANDS[name]}"), name)
+        command: click.Command = getattr(
+            importlib.import_module(f"blockferry.cli.{COMMANDS[name]}"), name.replace("-", "_")
+        )
         return command
 
 

@@ -6,7 +6,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry import restore as road
-from blockferry.cli.context import Context, json_option, repository_option
+from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.snapshot import find
 from blockferry.volume import Volume
 
@@ -15,11 +15,20 @@ from blockferry.volume import Volume
 @click.argument("snapshot")
 @click.argument("target")
 @repository_option
+@log_repository_option
 @click.option("--delta", is_flag=True, help="Compare first, and write only the blocks that differ.")
 @click.option("--force", is_flag=True, help="Overwrite a target that holds something.")
 @json_option
 @click.pass_obj
-def restore(context: Context, snapshot: str, target: str, reference: str | None, delta: bool, force: bool) -> None:
+def restore(
+    context: Context,
+    snapshot: str,
+    target: str,
+    reference: str | None,
+    log_reference: str | None,
+    delta: bool,
+    force: bool,
+) -> None:
     """Write SNAPSHOT back to TARGET, a block device or an image file.
 
     A target that is in use or too small is refused; one that holds a filesystem or data only yields to --force.
@@ -28,7 +37,7 @@ def restore(context: Context, snapshot: str, target: str, reference: str | None,
     Example:
       blockferry restore latest /dev/sdb --repo borg:ssh://nas/./volumes
     """
-    with context.repository(reference) as repository:
+    with context.repository(reference, log_reference) as repository:
         found = find(repository.snapshots(), snapshot)
         done = road.restore(
             context.manager, repository, found, target, delta=delta, force=force, progress=context.output
@@ -45,10 +54,13 @@ def restore(context: Context, snapshot: str, target: str, reference: str | None,
 @click.command()
 @click.argument("snapshot")
 @repository_option
+@log_repository_option
 @click.option("--against", metavar="VOLUME", help="Compare with this volume, byte for byte.")
 @json_option
 @click.pass_obj
-def verify(context: Context, snapshot: str, reference: str | None, against: str | None) -> None:
+def verify(
+    context: Context, snapshot: str, reference: str | None, log_reference: str | None, against: str | None
+) -> None:
     """Read all of SNAPSHOT, and say whether the repository holds what its record says.
 
     \b
@@ -56,7 +68,7 @@ def verify(context: Context, snapshot: str, reference: str | None, against: str 
       blockferry verify latest --repo restic:/srv/restic --against /dev/vg/home
     """
     volume = Volume.discover(against) if against else None
-    with context.repository(reference) as repository:
+    with context.repository(reference, log_reference) as repository:
         found = find(repository.snapshots(), snapshot)
         result = road.verify(repository, found, volume, context.output)
     context.output.result(

@@ -27,6 +27,7 @@ from blockferry.cluster.stored import close_set
 from blockferry.errors import BlockferryError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import UsedBlocks
+from blockferry.joined import JoinedRepository
 from blockferry.ladder import used_blocks
 from blockferry.progress import Progress
 from blockferry.repository import Repository
@@ -108,7 +109,8 @@ def back_up_shared(
             with _entire_log(coordinator, record.snapshot, progress) as logged:
                 snapshots = [each.snapshot for each in stored]
                 with progress.task("the log", logged.extents.total) as advance:
-                    closing = close_set(logs, logged, snapshots, used.extents, record, advance)
+                    joined = logs if logs is copies else JoinedRepository(logs, copies)
+                    closing = close_set(joined, logged, snapshots, used.extents, record, advance)
     result = SharedResult(
         closing.snapshot,
         record,
@@ -133,12 +135,7 @@ def _copied(
 ) -> Iterator[Stored]:
     """Have the shares copied; yield each that is stored."""
     cut = shares.cut(used, engine.shares, record.unit, record.size)
-    jobs = [
-        shares.job_for(
-            share, dataclasses.replace(record, snapshot=new_snapshot_id(), share_of=record.snapshot), repository.reference
-        )
-        for share in cut
-    ]
+    jobs = [shares.job_for(share, record, repository.reference) for share in cut]
     with progress.task("backup", used.align(record.unit, record.size).total) as advance:
         yield from engine.copy(jobs, repository, coordinator.check, advance)
 

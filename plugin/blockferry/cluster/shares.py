@@ -33,7 +33,7 @@ class Job:
     volume: str
     reference: str
     record: str
-    """Of the share's snapshot, as JSON."""
+    """Of the set that the share is of, as JSON."""
     extents: list[tuple[int, int]]
 
     @property

@@ -39,6 +39,7 @@ from blockferry.layers import BaseLayer, Layer
 from blockferry.progress import Progress
 from blockferry.remembered import Remembered
 from blockferry.repository import Base, Repository, plan
+from blockferry.sets import without_shares
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
 from blockferry.state import locked
 
@@ -262,7 +263,8 @@ def find_earlier(
         return None, "no earlier snapshot is to be used (--since none)"
     if "reuse" not in repository.capabilities:
         return None, "this repository takes nothing over from earlier snapshots"
-    mine = [each for each in repository.snapshots(about_to_store=True) if each.volume == group.name]
+    listed = without_shares(repository.snapshots(about_to_store=True))
+    mine = [each for each in listed if each.volume == group.name]
     if since != "latest":
         mine = [find(mine, since)]
     reason = "" if mine else "no earlier snapshot of it is in the repository"

@@ -20,6 +20,8 @@ class Request:
     reference: str
     snapshot: str
     """As the user named it."""
+    log_reference: str = ""
+    """Of a set whose log is in another repository: that one."""
     target: str = ""
     buffer: str = ""
     buffer_size: int = 0

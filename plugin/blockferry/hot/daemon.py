@@ -36,7 +36,8 @@ from blockferry.hot.hydration import Hydration
 from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
 from blockferry.hot.state import block_size_for
-from blockferry.manager import plugin_manager, repository_named
+from blockferry.joined import repository_with_log
+from blockferry.manager import plugin_manager
 from blockferry.repository import Repository
 from blockferry.snapshot import Snapshot, find
 
@@ -61,7 +62,7 @@ def serve(request: Request) -> None:
     try:
         with (
             service.only_one(place, taken(request.name)),
-            contextlib.closing(repository_named(manager, request.reference)) as repository,
+            contextlib.closing(repository_with_log(manager, request.reference, request.log_reference)) as repository,
             _restoring(manager, repository, request) as restoring,
             service.listening(place) as listener,
             _mounted(restoring, request.mount),  # may take its time: whoever asks meanwhile is answered then
