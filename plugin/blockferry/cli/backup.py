@@ -19,6 +19,7 @@ from blockferry.hookspecs import FreezeOptions
 from blockferry.volume import Volume
 
 if TYPE_CHECKING:
+    from blockferry.cluster.backup import SharedResult
     from blockferry.groups.definition import Group
 
 
@@ -104,7 +105,7 @@ def backup(
     context.output.result(result.as_json(), lambda: _sentence(result))
 
 
-def remember(context: Context, reference: str, result: Result) -> None:
+def remember(context: Context, reference: str, result: Result | SharedResult) -> None:
     """Put a snapshot into the catalog; a catalog that cannot be written costs nothing but itself."""
     try:
         with context.catalog() as catalog:

@@ -106,7 +106,8 @@ def _drain(
     advance: Advance,
 ) -> Iterator[Stored]:
     """Have jobs done, so many at a time; yield what they come to."""
-    todo, running = list(jobs), {}
+    todo = list(jobs)
+    running: dict[Future[dict[str, Any]], Job] = {}
     try:
         while todo or running:
             while todo and len(running) < at_once:

@@ -57,7 +57,7 @@ class WriteBack:
             piece = whole[start : start + _TOGETHER]
             first = (offset + start) // _BLOCK
             with self._turn:
-                self._turn.wait_for(lambda room=self._most - len(piece): self._held() <= room or self.failure)
+                self._turn.wait_for(lambda: self._held() <= self._most - _TOGETHER or self.failure)
                 self._raise_failure()
                 for place in range(0, len(piece), _BLOCK):
                     self._dirty[first + place // _BLOCK] = piece[place : place + _BLOCK]

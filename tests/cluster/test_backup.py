@@ -1,0 +1,76 @@
+"""Backups of a volume that several hosts write to at once: what comes back is one instant of it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster_load
+from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing
+from commands_support import Depot
+from conftest import Attach
+
+pytestmark = pytest.mark.root
+
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "2"))
+SIZE = 24 * MIB
+
+
+@pytest.fixture
+def volume(tmp_path: Path, attach: Attach) -> str:
+    image = tmp_path / "volume.img"
+    image.write_bytes(random.Random(5).randbytes(SIZE))
+    return attach(image)
+
+
+@pytest.fixture
+def hosts(request: pytest.FixtureRequest, tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
+    with sharing(getattr(request, "param", 2), tmp_path, volume, f"sqlite://{tmp_path / 'index.sqlite'}") as made:
+        yield made
+
+
+def instant_of(depot: Depot, snapshot: str) -> int:
+    """Return when a snapshot was taken, in ns."""
+    shown = depot.ferry("show", snapshot, "--json").json()
+    created = datetime.datetime.fromisoformat(shown["created"])
+    return round(created.timestamp() * 1e6) * 1000
+
+
+def writes_of(hosts: list[SharingHost]) -> list[cluster_load.Write]:
+    return list(cluster_load.journal_of([journal for host in hosts for journal in host.journals()]))
+
+
+def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]:
+    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--json"]
+    return depot.ferry(*words, **host.env).json()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3], indirect=True)
+def test_what_comes_back_is_the_instant(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
+    before = Path(hosts[0].volume).read_bytes()
+    locks = tmp_path / "locks"
+    locks.touch()
+    for number, host in enumerate(hosts):
+        host.start()
+        for each in range(2):
+            host.start_load(locks, 10 * number + each + 1)
+    for number in range(ROUNDS):
+        time.sleep(random.uniform(0.1, 1))
+        said = back_up(depot, hosts[number % len(hosts)])
+        assert said["hosts"] == [host.name for host in hosts]
+        assert said["bytes_logged"] > 0
+        restored = tmp_path / "restored.img"
+        assert depot.ferry("restore", said["snapshot"], restored).code == 0
+        instant = instant_of(depot, said["snapshot"])
+        under_way = cluster_load.check(restored.read_bytes(), before, writes_of(hosts), instant)
+        assert under_way <= 2 * len(hosts) * cluster_load.MOST
+        restored.unlink()
+    assert all(code == 0 for host in hosts for code in host.stop_loads())
+    depot.check()
