@@ -34,12 +34,12 @@ class BeforeImages:
     Nothing here fails a write: what goes wrong is in `failure`, and from then on writes pass as if there was no epoch.
     """
 
-    def __init__(self, device: SharedDevice, index: LogIndex, epoch: str, host: str, writer: LogWriter) -> None:
-        self.epoch = epoch
+    def __init__(self, device: SharedDevice, index: LogIndex, claims: str, host: str, writer: LogWriter) -> None:
         self.failure = ""
         self.bytes_logged = 0
         """How much is in this host's log."""
-        self._device, self._index, self._host, self._writer = device, index, host, writer
+        self._device, self._index, self._writer = device, index, writer
+        self._claims, self._host = claims, host
         self._chunk = writer.chunk
         self._settled = bytearray(-(-device.size // self._chunk))
         """By chunk: 1 if it may be overwritten."""
@@ -136,7 +136,7 @@ class BeforeImages:
     def _log(self, batch: _Batch) -> None:
         numbers = np.array(batch.numbers, np.int64)
         order = np.argsort(numbers, kind="stable")
-        won = order[self._index.claim(self.epoch, self._host, numbers[order])]
+        won = order[self._index.claim(self._claims, self._host, numbers[order])]
         if won.size:
             self._writer.append(numbers[won], [batch.images[number] for number in won.tolist()])
             self.bytes_logged += int(won.size) * self._chunk

@@ -73,7 +73,7 @@ class Coordinator:
 
     def open(self) -> None:
         """Make this the instant: what is written from here on is logged. Return when all hosts know."""
-        self._index.open_claims(self.epoch.id)
+        self._index.open_claims(words.claims_of(self.epoch.id))
         self._tell(Stage.OPEN)
         self._wait_for(Report.LOGGING, words.HELD)
 
@@ -82,7 +82,7 @@ class Coordinator:
         self.check()
         self._tell(Stage.SEAL)
         self._wait_for(Report.SEALED, _PATIENCE_TO_SEAL)
-        self._index.close_claims(self.epoch.id)
+        self._index.close_claims(words.claims_of(self.epoch.id))
 
     def gather(self, path: Path, advance: Callable[[int], None]) -> LogLayer:
         """Take the logs of all hosts, and return them edited to one, in a new file.
@@ -93,7 +93,7 @@ class Coordinator:
         with contextlib.closing(LogWriter(path, chunk=self.epoch.chunk, size=self.size)) as writer:
             for host in reports:
                 got = self._gather_from(host, writer, advance)
-                claimed = np.sort(self._index.claimed(self.epoch.id, host))
+                claimed = np.sort(self._index.claimed(words.claims_of(self.epoch.id), host))
                 if not np.array_equal(np.sort(got), claimed):
                     raise EpochError(f"{host}: its log does not hold just the {claimed.size} chunks that it claimed")
         self.check()

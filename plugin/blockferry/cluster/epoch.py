@@ -3,6 +3,7 @@
     volumes/NAME/epoch             what is to be done: written by the coordinator alone, and gone soon after it is
     volumes/NAME/hosts/HOST        a guard, renewed by it as long as it lives
     epochs/EPOCH/reports/HOST      how far a host is
+    epochs/EPOCH/claims            which chunks are logged, and by which host
     epochs/EPOCH/logs/HOST         the queue by which its log is handed over
 
     stage      every host                                                         reports
@@ -97,6 +98,11 @@ def report_key(epoch: str, host: str = "") -> str:
 def log_queue(epoch: str, host: str) -> str:
     """Return the queue by which a host hands its log over."""
     return f"epochs/{epoch}/logs/{host}"
+
+
+def claims_of(epoch: str) -> str:
+    """Return the name under which chunks are claimed."""
+    return f"epochs/{epoch}/claims"
 
 
 def below(epoch: str) -> str:

@@ -246,7 +246,7 @@ class Part:
 
     def _new_images(self) -> BeforeImages:
         writer = LogWriter(self._path, chunk=self.epoch.chunk, size=self._device.size)
-        return BeforeImages(self._device, self._index, self.epoch.id, self._host, writer)
+        return BeforeImages(self._device, self._index, words.claims_of(self.epoch.id), self._host, writer)
 
     def _freeze(self, users: Volume | None) -> None:
         """Have the filesystems on the disk write out what is dirty, and keep still if they can."""
