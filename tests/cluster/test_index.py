@@ -594,7 +594,8 @@ def test_another_name_than_the_one_in_the_certificate_is_refused(
         "redis://:s3cret@localhost/0",
         "rediss://user:s3cr@et@localhost/0",
         "redis+unix://user:s3cret@/run/redis.sock",
-        "http://user:s3cret@localhost/0",
+        "redis://user:s3cr/et@localhost/0",
+        "http://user:s3cr/et@localhost/0",
     ],
 )
 def test_a_password_in_the_address_is_refused_and_not_repeated(reference: str) -> None:
@@ -705,7 +706,7 @@ def test_what_is_no_index_of_ours_is_refused_and_left_as_it_is(what: str, tmp_pa
         open_index(f"sqlite://{path}")
     assert caught.value.remedy
     assert not (tmp_path / "elsewhere").exists()
-    assert before == (path.read_bytes() if path.is_file() else b"") or what == "database"  # whose journal may change
+    assert before == (path.read_bytes() if path.is_file() else b"")
 
 
 @pytest.mark.root
