@@ -77,8 +77,9 @@ def log_index_named(manager: pluggy.PluginManager, reference: str) -> LogIndex:
     """Return the log index that a reference names, opened; raise UsageError if no plugin knows such references."""
     index: LogIndex | None = manager.hook.blockferry_log_index(reference=reference)
     if index is None:
+        _, user, rest = reference.rpartition("@")
         raise UsageError(
-            f"{mask(reference)}: not a log index",
+            f"{'***@' if user else ''}{rest}: not a log index",
             remedy="Write redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), redis+unix:///PATH or sqlite:///PATH.",
         )
     return index

@@ -20,6 +20,7 @@ from redis.retry import Retry
 
 from blockferry.cluster.index import PATIENCE, closed
 from blockferry.cluster.redis_address import Address
+from blockferry.cluster.redis_failures import IS_LOADING, IS_REPLICA, reason
 from blockferry.cluster.redis_scripts import Script
 from blockferry.errors import LogIndexError
 
@@ -164,11 +165,12 @@ class Server:
         """Raise LogIndexError unless what is kept there stays there."""
         facts = link.facts
         if facts.get("loading", "0") != "0":
-            raise self._failed("is still reading what it had saved", "Wait until it is up, then try again.")
+            raise self._failed(*IS_LOADING)
         if facts.get("role") != "master":
-            raise self._failed("is a replica, which takes nothing", "Name the server that it is a replica of.")
-        if facts.get("redis_mode") != "standalone":
-            raise self._failed(f"runs as {facts.get('redis_mode')}", "Use a server of its own, not a cluster.")
+            raise self._failed(*IS_REPLICA)
+        mode = facts.get("redis_mode") or facts.get("server_mode")  # Redis, Valkey
+        if mode != "standalone":
+            raise self._failed(f"runs as {mode}", "Use a server of its own, not a cluster.")
         if facts.get("maxmemory", "0") != "0" and facts.get("maxmemory_policy") != "noeviction":
             raise self._failed(
                 f"throws away what it keeps when its memory is full (maxmemory-policy {facts.get('maxmemory_policy')})",
@@ -185,76 +187,10 @@ class Server:
         try:
             yield
         except (redis.RedisError, OSError) as error:  # which TimeoutError is, too
-            raise self._failed(*self._reason(error)) from None
+            raise self._failed(*reason(error, self._password, tls=self._address.tls)) from None
 
     def _failed(self, what: str, remedy: str) -> LogIndexError:
         return LogIndexError(f"{self.reference}: the log index {what}", remedy=remedy)
-
-    def _reason(self, error: Exception) -> tuple[str, str]:
-        """Return what went wrong, and what to do."""
-        text = str(error).strip()
-        if self._password:
-            text = text.replace(self._password, "***")
-        for kind, sign, what, remedy in _REASONS:
-            if isinstance(error, kind) and sign in text:
-                return what.format(text), remedy
-        return f"failed: {text or type(error).__name__}", "Look at the server's log."
-
-
-_ANY = (Exception,)
-_REASONS: tuple[tuple[tuple[type[Exception], ...], str, str, str], ...] = (
-    # kind, what its text holds, what to say, remedy
-    (
-        (redis.exceptions.TimeoutError, TimeoutError),
-        "",
-        f"did not answer within {PATIENCE:g} seconds",
-        "See whether the server runs, and how busy it and the network are.",
-    ),
-    (
-        (redis.exceptions.NoPermissionError,),
-        "",
-        "does not allow that to this user: {}",
-        "Give the user the commands and the key pattern that the page on the shared index names.",
-    ),
-    (
-        (redis.exceptions.AuthenticationError, redis.exceptions.AuthenticationWrongNumberOfArgsError),
-        "",
-        "does not let us in: the user name or the password is wrong or missing",
-        "Check BLOCKFERRY_INDEX_PASSWORD_COMMAND or BLOCKFERRY_INDEX_PASSWORD, and the user name in the address.",
-    ),
-    (
-        (redis.exceptions.BusyLoadingError,),
-        "",
-        "is still reading what it had saved",
-        "Wait until it is up, then try again.",
-    ),
-    (
-        (redis.exceptions.ReadOnlyError,),
-        "",
-        "is a replica, which takes nothing",
-        "Name the server that it is a replica of.",
-    ),
-    # Redis 6 wraps the error of a command that a script calls: the text has to do.
-    (_ANY, "not allowed when used memory", "is full", "Raise `maxmemory`, or remove what earlier backups left there."),
-    (
-        _ANY,
-        "MISCONF",
-        "takes nothing: it cannot save to its disk",
-        'See to that disk, or set `save ""` in redis.conf: the index need not be saved.',
-    ),
-    (
-        _ANY,
-        "CERTIFICATE",
-        "cannot be trusted, or does not trust us: {}",
-        "Check ca=, cert= and key= in its address, and the name in the server's certificate.",
-    ),
-    (
-        (redis.exceptions.ConnectionError, OSError),
-        "",
-        "cannot be reached: {}",
-        "See whether the server runs and the address is right.",
-    ),
-)
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

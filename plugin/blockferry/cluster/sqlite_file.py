@@ -132,21 +132,24 @@ class File:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA synchronous = NORMAL")  # a crash of the host ends every epoch anyway
-        if self._version_of(connection) == self._version:
+        if self._has_schema(connection):
             return
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
-        found = self._version_of(connection)
-        if found == 0 and not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        if not self._has_schema(connection):
             for statement in filter(str.strip, self._schema.split(";")):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {self._version}")
-        elif found != self._version:
-            raise self._failed(f"is of another kind or version ({found})", "Name a file that is not there yet.")
         connection.commit()
 
-    def _version_of(self, connection: sqlite3.Connection) -> int:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    def _has_schema(self, connection: sqlite3.Connection) -> bool:
+        """Tell whether the file is an index, not an empty file; LogIndexError if it is anything else."""
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version == self._version:
+            return True
+        if version or connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            raise self._failed(f"is of another kind or version ({version})", "Name a file that is not there yet.")
+        return False
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
