@@ -65,7 +65,7 @@ def load(device: str, locks: str, journal: str, seed: int) -> None:
                 os.fsync(disk)
             written.write(_ENTRY.pack(first, count, number, begin, time.time_ns()))
             fcntl.lockf(lock, fcntl.LOCK_UN, count, first)
-            time.sleep(chance.random() * 0.002)
+            time.sleep(chance.random() * 0.01)
 
 
 def journal_of(paths: Sequence[Path]) -> Iterator[Write]:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ def open_index(reference: str) -> LogIndex:
 class RedisServer:
     """A server that keeps nothing on a disk; `socket` is its socket, `port` one with TLS that asks for certificates."""
 
-    def __init__(self, home: Path, program: str, *settings: str) -> None:
+    def __init__(self, home: Path, program: str, *settings: str, prefix: Sequence[str] = ()) -> None:
+        """Start it as argument of the command `prefix`, if there is one."""
         self.home = home
+        self.prefix = prefix
         self.program = look_for(program)
         self.socket = home / "socket"
         self.settings = settings
@@ -76,7 +78,7 @@ class RedisServer:
         """Start it, empty unless it was told to save, and wait until it answers, or only until it listens."""
         lines = ["port 0", f"unixsocket {self.socket}", 'save ""', f"dir {self.home}", "appendonly no", *self.settings]
         (self.home / "redis.conf").write_text("\n".join([*lines, ""]))
-        command = [str(self.program), str(self.home / "redis.conf")]
+        command = [*self.prefix, str(self.program), str(self.home / "redis.conf")]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while True:
@@ -116,12 +118,14 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def running_redis(*settings: str, program: str = "", tls: bool = False) -> Iterator[RedisServer]:
+def running_redis(
+    *settings: str, program: str = "", tls: bool = False, prefix: Sequence[str] = ()
+) -> Iterator[RedisServer]:
     """Run a server with further lines of redis.conf."""
     if not PROGRAMS:
         pytest.skip("needs redis-server: run scripts/bootstrap --test")
     home = Path(tempfile.mkdtemp(prefix="ferry-redis-"))  # pytest's own paths are too long for a socket
-    server = RedisServer(home, program or PROGRAMS[0], *settings)
+    server = RedisServer(home, program or PROGRAMS[0], *settings, prefix=prefix)
     try:
         if tls:
             server.listen_with_tls()

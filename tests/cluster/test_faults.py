@@ -189,7 +189,7 @@ def test_the_coordinator_is_killed(depot: Depot, hosts: list[SharingHost], tmp_p
 def test_the_repository_is_full(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     small = tmp_path / "small"
     small.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=8m", "none", small)
+    run("mount", "-t", "tmpfs", "-o", "size=400k", "none", small)
     try:
         depot = new_depot("restic", small / "repository")
         trouble = Trouble(depot, hosts, tmp_path)

@@ -86,7 +86,9 @@ def stop(context: Context, name: str, force: bool) -> None:
             service.wait_until_free(daemon.socket_path(name))
     except service.NobodyThereError as error:
         if not error.broken_off:
-            raise UsageError(f"{name}: no guard of that name runs", remedy="`blockferry guard status` lists them.") from None
+            raise UsageError(
+                f"{name}: no guard of that name runs", remedy="`blockferry guard status` lists them."
+            ) from None
         daemon.clear_away(name)
     context.output.result({"version": 1, **said}, lambda: f"{name}: nothing stands in front of it any more")
 

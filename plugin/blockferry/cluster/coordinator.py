@@ -170,7 +170,9 @@ class Coordinator:
             chunk = writer.chunk
             last = offset + len(data) == self.size
             if offset % chunk or (len(data) % chunk and not last) or offset + len(data) > self.size:
-                raise EpochError(f"{host}: its log has {len(data)} bytes at {offset}, which are no chunks of the volume")
+                raise EpochError(
+                    f"{host}: its log has {len(data)} bytes at {offset}, which are no chunks of the volume"
+                )
             numbers = np.arange(offset // chunk, -(-(offset + len(data)) // chunk))
             writer.append(numbers, [data[place : place + chunk] for place in range(0, len(data), chunk)])
             taken.append(numbers)
