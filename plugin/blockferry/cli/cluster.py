@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from blockferry.cli.context import Context, index_option, json_option, repositor
 from blockferry.cli.output import Listing
 from blockferry.cluster import engines, shares
 from blockferry.cluster.backup import SharedResult, back_up_shared
-from blockferry.cluster.coordinator import hosts_of
+from blockferry.cluster.coordinator import hosts_of, progress_of
 from blockferry.cluster.engines import Engine
 from blockferry.errors import UsageError
 from blockferry.manager import log_index_named
@@ -117,6 +116,55 @@ def hosts(context: Context, volume: str, index: str) -> None:
         return Listing(("host", "path", "size"), [(each["host"], each["path"], decimal(each["size"])) for each in rows])
 
     context.output.result({"version": 1, "volume": volume, "hosts": rows}, listing)
+
+
+@cluster.command()
+@click.argument("scheduler")
+@click.option(
+    "--volume", "volumes", multiple=True, required=True, metavar="NAME=PATH", help="A shared volume; can be repeated."
+)
+@click.option("--host", default="", help="What this host is called; else its host name.")
+@click.pass_obj
+def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: str) -> None:
+    """Copy shares of volumes for backups that the Dask scheduler SCHEDULER hands out, until SIGTERM.
+
+    Each repository is opened with the credentials in this command's environment.
+
+    \b
+    Example:
+      blockferry cluster worker tcp://10.0.0.4:8786 --volume lun0=/dev/mapper/lun0
+    """
+    for each in volumes:
+        name, separator, path = each.partition("=")
+        if not separator:
+            raise UsageError(f"{each}: names no volume", remedy="Write NAME=PATH, such as lun0=/dev/mapper/lun0.")
+        shares.PATHS[name] = Volume.discover(path, name).path
+    engines.work_for(scheduler, host or socket.gethostname())
+
+
+@cluster.command()
+@click.argument("volume")
+@index_option
+@json_option
+@click.pass_obj
+def status(context: Context, volume: str, index: str) -> None:
+    """Say whether a backup of VOLUME, by the name that the guards call it, is under way, and how far each host is.
+
+    \b
+    Example:
+      blockferry cluster status lun0 --index redis://10.0.0.5/0
+    """
+    with contextlib.closing(log_index_named(context.manager, index)) as shared_index:
+        epoch, reports = progress_of(shared_index, volume)
+    found: dict[str, Any] = {"version": 1, "volume": volume, "epoch": epoch.as_json() if epoch else None}
+
+    def listing() -> Listing | str:
+        if epoch is None:
+            return f"{volume}: no backup is under way"
+        rows = [(host, str(said.get("state", "")), str(said.get("reason", ""))) for host, said in reports.items()]
+        return Listing(("host", f"is (stage: {epoch.stage})", "because"), rows)
+
+    context.output.result(found | {"hosts": reports}, listing)
 
 
 def _sentence(result: SharedResult) -> str:

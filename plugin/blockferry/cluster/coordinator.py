@@ -33,6 +33,20 @@ def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
     return {found.removeprefix(key): about for found, about in sorted(index.list(key).items())}
 
 
+def progress_of(index: LogIndex, volume: str) -> tuple[Epoch | None, dict[str, dict[str, Any]]]:
+    """Return the epoch of a volume that is under way, None if there is none, and what each host reports of it."""
+    said = index.get(words.epoch_key(volume))
+    if said is None:
+        return None, {}
+    epoch = Epoch.from_json(said)
+    return epoch, _reports_of(index, epoch.id)
+
+
+def _reports_of(index: LogIndex, epoch: str) -> dict[str, dict[str, Any]]:
+    key = words.report_key(epoch)
+    return {found.removeprefix(key): said for found, said in sorted(index.list(key).items())}
+
+
 class Coordinator:
     """One epoch. Once it has failed, `check` raises why, and nothing of it counts."""
 
@@ -120,8 +134,7 @@ class Coordinator:
             self._index.put(self._key, self.epoch.as_json(), lasts=words.HEARD_OF)
 
     def _reports(self) -> dict[str, dict[str, Any]]:
-        key = words.report_key(self.epoch.id)
-        return {found.removeprefix(key): said for found, said in sorted(self._index.list(key).items())}
+        return _reports_of(self._index, self.epoch.id)
 
     def _wait_for(self, report: Report, seconds: float) -> None:
         """Wait until every host, also one that came later, has reported so much; EpochError if one does not."""

@@ -55,6 +55,11 @@ def socket_path(name: str) -> Path:
     return service.runtime_directory(KIND) / f"{name}.socket"
 
 
+def link_path(name: str) -> Path:
+    """Return the name under which the guard's disk can be mounted: loop devices have another number every time."""
+    return service.runtime_directory(KIND) / f"{name}.disk"
+
+
 def running() -> list[str]:
     """Return the names for which there is a socket."""
     return sorted(path.stem for path in service.runtime_directory(KIND).glob("*.socket"))
@@ -82,6 +87,7 @@ def clear_away(name: str) -> None:
     """Take away what a guard that was killed has left."""
     with service.only_one(socket_path(name), taken(name)):
         disk.detach_stale(socket_path(name).with_suffix(".loop"))
+        link_path(name).unlink(missing_ok=True)
         socket_path(name).unlink(missing_ok=True)
 
 
@@ -146,6 +152,7 @@ class Guarding:
             "host": self.request.host,
             "index": self.index.reference,
             "device": self.device,
+            "link": os.fspath(link_path(self.request.name)),
             "since": round(self.began, 3),
             "process": os.getpid(),
             **self.guard.status(),
@@ -180,6 +187,10 @@ def _guarding(request: Request, index: LogIndex) -> Iterator[Guarding]:
                 disk.loop_device(path, record, block_size=volume.block_size, read_only=False) as loop,
             ):
                 member.users = Volume.discover(loop)
+                link = link_path(request.name)
+                link.unlink(missing_ok=True)
+                link.symlink_to(loop)
+                held.callback(link.unlink, missing_ok=True)
                 yield Guarding(request, index, guard, member, loop)
         finally:
             member.stop()

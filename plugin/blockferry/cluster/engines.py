@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any, Protocol
 
+from blockferry import service
 from blockferry.cluster import shares
 from blockferry.cluster.shares import Job
 from blockferry.errors import BlockferryError, ToolMissingError, UsageError
@@ -64,12 +68,7 @@ class Dask:
 
     def __init__(self, address: str, volume: str) -> None:
         """Connect; raise UsageError if nobody there has the volume, ToolMissingError without the package."""
-        try:
-            distributed = importlib.import_module("distributed")
-        except ImportError:
-            raise ToolMissingError(
-                "the package distributed is not installed", remedy="Install the extra: pip install 'blockferry[dask]'"
-            ) from None
+        distributed = _distributed()
         try:
             self._client = distributed.Client(address, timeout="10s", set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
@@ -96,6 +95,43 @@ class Dask:
         """Leave the scheduler."""
         with contextlib.suppress(OSError, TimeoutError):
             self._client.close(timeout=5)
+
+
+def work_for(address: str, host: str) -> None:
+    """Copy shares that a Dask scheduler hands out, one at a time, until SIGTERM or SIGINT; `shares.PATHS` says of what.
+
+    No nanny: a worker that dies takes nothing along that it had said it did, and its service starts it anew.
+    """
+    distributed = _distributed()
+    service.end_by_signals()
+
+    async def work(scratch: str) -> None:
+        resources = {f"volume:{name}": 1 for name in shares.PATHS}
+        worker = distributed.Worker(
+            address, name=host, nthreads=1, resources=resources, local_directory=scratch, dashboard=False
+        )
+        async with worker:
+            await worker.finished()
+
+    with tempfile.TemporaryDirectory(prefix="blockferry-worker-") as scratch:
+        try:
+            asyncio.run(work(scratch))
+        except service.StopError:
+            return
+        except (OSError, TimeoutError, ValueError) as error:
+            raise UsageError(
+                f"{address}: no Dask scheduler answers there: {error}", remedy="Write tcp://HOST:8786"
+            ) from None
+
+
+def _distributed() -> ModuleType:
+    """Return Dask's package; ToolMissingError without it."""
+    try:
+        return importlib.import_module("distributed")
+    except ImportError:
+        raise ToolMissingError(
+            "the package distributed is not installed", remedy="Install the extra: pip install 'blockferry[dask]'"
+        ) from None
 
 
 def _drain(
