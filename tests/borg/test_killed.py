@@ -180,7 +180,7 @@ def test_what_a_killed_run_had_stored_is_used_by_the_next(place, open_repository
     class Unhurried(WatchedVolume):
         def read_into(self, offset: int, buffer: memoryview) -> None:
             super().read_into(offset, buffer)
-            time.sleep(0.1)
+            time.sleep(0.4)
 
     def kill_once_committed() -> None:
         wait_until(lambda: indexes() != before)
