@@ -83,7 +83,7 @@ class Disk:
         copy = self.path.with_suffix(".frozen")
         copy.write_bytes(self.content)
         self.frozen_state = self.state()
-        self.frozen_used = self._used()
+        self.frozen_used = self.used_blocks()
         self.after_freeze()
         yield Frozen(dataclasses.replace(volume, path=str(copy)), Stability.FROZEN, "copy")
 
@@ -92,7 +92,8 @@ class Disk:
         """Answer for the copy."""
         return self.frozen_used
 
-    def _used(self) -> UsedBlocks:
+    def used_blocks(self) -> UsedBlocks:
+        """Return what is in use now."""
         in_use = ExtentSet.from_pairs((i * BLOCK, BLOCK) for i, used in enumerate(self.used) if used)
         return UsedBlocks(in_use if self.method != WHOLE else ExtentSet.whole(len(self.content)), self.method)
 

@@ -59,6 +59,7 @@ def snapshot_from(name: str, comment: str) -> Snapshot | None:
     try:
         told = json.loads(comment.removeprefix(_COMMENT))
         texts = [told[key] for key in ("snapshot", "volume", "created", "tier")]
+        texts += [told.get("share_of") or ""]
         if not all(isinstance(text, str) for text in texts) or not isinstance(told["size"], int):
             raise TypeError
         return Snapshot(

@@ -228,11 +228,11 @@ class Stack(BaseLayer):
 
 
 def _read_pieces(layer: Layer, pieces: ExtentSet, offset: int, buffer: memoryview) -> None:
-    """Read pieces of a layer to their places in a buffer that begins at `offset`; those close together in one step.
+    """Read pieces of a layer to their places in a buffer that begins at `offset`.
 
-    A repository fetches a whole chunk for each step.
+    What it has between two of them is read through, where that is little: a repository fetches whole chunks.
     """
-    for start, length in pieces.coalesce(_READ_THROUGH):
+    for start, length in pieces.coalesce(_READ_THROUGH).intersection(layer.extents):
         place = buffer[start - offset : start - offset + length]
         if pieces.covers(start, start + length):
             layer.read_into(start, place)

@@ -53,8 +53,8 @@ class Repository(Protocol):
     """As the user wrote it, without credentials."""
     capabilities: frozenset[str]
     """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once.
-    `parallel`: a layer serves several reads at the same time, also while `store` runs, and any thread may open more; else
-    one after the other."""
+    `parallel`: a layer serves several reads at the same time, also while `store` runs, and more may be opened, by any
+    thread; else one after the other."""
 
     def unit(self, size: int) -> int:
         """Return the size, in bytes, of the chunks or segments that an image of `size` bytes is stored in."""

@@ -1,4 +1,4 @@
-"""Sets in a list of snapshots: shares are no state of a volume, and some are all that is left of a backup that failed."""
+"""Sets in a list of snapshots: a share is no state of a volume, and may be all that is left of a backup that failed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,18 @@ def incomplete(snapshots: Sequence[Snapshot], now: str) -> list[Snapshot]:
     found = []
     for shares in left_over.values():
         last = max(shares, key=lambda share: share.created)
-        age = datetime.datetime.fromisoformat(now) - datetime.datetime.fromisoformat(last.created)
         given_up = any((each.volume, each.created > last.created) == (last.volume, True) for each in closed.values())
-        if given_up or age > _MAY_STILL_COME:
+        if given_up or _is_old(last.created, now):
             found += shares
     return found
+
+
+def _is_old(created: str, now: str) -> bool:
+    """Tell whether a set would be there by now; what is no time was never about to be."""
+    try:
+        return datetime.datetime.fromisoformat(now) - datetime.datetime.fromisoformat(created) > _MAY_STILL_COME
+    except (ValueError, TypeError):
+        return True
 
 
 def refuse_share(snapshot: Snapshot) -> None:

@@ -196,7 +196,7 @@ def zeros_are_content(method: str) -> bool:
 def find(snapshots: Sequence[Snapshot], name: str, *, shares: bool = False) -> Snapshot:
     """Return the snapshot of that id, of which it is a unique prefix, or the newest for `latest`.
 
-    Raise SnapshotNotFoundError if there is none, or more than one, UsageError for a share, unless `shares` may be named.
+    Raise SnapshotNotFoundError if there is none, or more than one; UsageError if it is a share, but for `shares`.
     """
     states = without_shares(snapshots)
     if name == "latest" and states:

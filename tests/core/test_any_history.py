@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -14,11 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from blockferry.backup import back_up
 from blockferry.blockmap import Kind
 from blockferry.chain import delete, needed, trace
+from blockferry.checkpoints import Checkpoints
 from blockferry.difference import Choice
 from blockferry.errors import DamagedSnapshotError, UsageError
+from blockferry.extents import ExtentSet
 from blockferry.hookspecs import FreezeOptions
 from blockferry.merge import merge
-from blockferry.snapshot import SPARSE, WHOLE, Snapshot, Tier
+from blockferry.sets import without_shares
+from blockferry.snapshot import SPARSE, WHOLE, Snapshot, Tier, now
+from sets_support import SharedVolume, common_record, make_set
 from simulation import BLOCK, Disk, MemoryRepository
 
 UNIT = 4 * BLOCK
@@ -54,9 +60,12 @@ class History(RuleBasedStateMachine):
         self.expected: dict[str, bytes] = {}
         self.counter = 0
 
+    def listed(self) -> list[Snapshot]:
+        return without_shares(self.repository.snapshots())
+
     def teardown(self):
         if hasattr(self, "place"):
-            for snapshot in self.repository.snapshots():
+            for snapshot in self.listed():
                 self.check(snapshot)
             self.place.close()
 
@@ -106,7 +115,7 @@ class History(RuleBasedStateMachine):
 
     @rule(data=st.data(), incremental=st.booleans(), before=st.none() | places, after=st.none() | places)
     def back_up(self, data, incremental, before, after):
-        mine = [each.id for each in self.repository.snapshots()]
+        mine = [each.id for each in self.listed()]
         since = data.draw(st.sampled_from(["latest", "latest", "none", *mine]))
         self.disk.before_freeze = lambda: before is not None and self.disk.write(before * BLOCK, self.fresh(BLOCK))
         self.disk.after_freeze = lambda: after is not None and self.disk.write(after * BLOCK, self.fresh(BLOCK))
@@ -128,16 +137,44 @@ class History(RuleBasedStateMachine):
             assert done.bytes_read <= chunks.total
         self.check(done.snapshot)
 
-    @precondition(lambda self: any(each.part for each in self.repository.snapshots()))
+    @rule(
+        edges=st.lists(places, max_size=3), writes=st.lists(st.tuples(st.integers(0, 3), places, lengths), max_size=5)
+    )
+    def back_up_as_a_set(self, edges, writes):
+        """As several hosts do: share by share, while writes go on, and what was there before them last."""
+        self.fresh(0)
+        volume, used = self.disk.volume, self.disk.used_blocks()
+        record = common_record(
+            SIZE, UNIT, volume=volume.name, identity=volume.identity, method=used.method, created=now()
+        )
+        begun = Checkpoints(self.manager).begun(volume, record.snapshot, record.created, self.repository, "")
+        with begun as checkpoints:
+            record = dataclasses.replace(record, checkpoints=checkpoints.states)
+            shared, expected = SharedVolume(self.disk.content, 2 * BLOCK), self.disk.state()
+            cuts = [0, *sorted(edge * BLOCK for edge in edges), SIZE]
+            during: dict[int, list[tuple[int, bytes]]] = {}
+            for when, block, count in writes:
+                length = min(count * BLOCK, SIZE - block * BLOCK)
+                during.setdefault(min(when, len(edges) + 1), []).append((block * BLOCK, self.fresh(length)))
+            extents = [ExtentSet.from_ranges([one], [other]) for one, other in itertools.pairwise(cuts)]
+            made = make_set(self.repository, shared, used.extents, extents, during, record)
+        for when in sorted(during):
+            for offset, data in during[when]:
+                self.disk.write(offset, data)
+        self.expected[made.snapshot.id] = expected
+        self.check(made.snapshot)
+
+    @precondition(lambda self: any(each.part for each in self.listed()))
     @rule(data=st.data())
     def merge(self, data):
         self.fresh(0)
-        parts = [each for each in self.repository.snapshots() if each.part]
+        parts = [each for each in self.listed() if each.part]
         part = data.draw(st.sampled_from(parts))
+        whole_below = not trace(self.repository, part).shares
         done = merge(self.repository, [part], Quiet())
         assert not done.record.part
-        if "merge" in self.repository.capabilities and not self.repository.unusable & set(done.merged):
-            assert done.bytes_read == 0
+        if "merge" in self.repository.capabilities and whole_below:
+            assert done.bytes_read == 0 or self.repository.unusable & set(done.merged)
         self.expected[done.snapshot.id] = self.expected[part.id]
         self.check(done.snapshot)
 
@@ -145,14 +182,15 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def delete(self, data):
         self.fresh(0)
-        listed = self.repository.snapshots()
+        listed = self.listed()
         victims = data.draw(st.lists(st.sampled_from(listed), min_size=1, max_size=3, unique=True))
         lost = needed(listed, victims)
         with pytest.raises(UsageError) if lost else contextlib.nullcontext():
             delete(self.repository, victims)
             for victim in victims:
                 del self.expected[victim.id]
-        assert {each.id for each in self.repository.snapshots()} == set(self.expected)
+        assert {each.id for each in self.listed()} == set(self.expected)
+        assert {each.share_of for each in self.repository.snapshots()} <= {None, *self.expected}
 
     @precondition(lambda self: getattr(self, "expected", None))
     @rule(data=st.data())
@@ -163,19 +201,22 @@ class History(RuleBasedStateMachine):
         victim = data.draw(st.sampled_from(listed))
         lost = needed(listed, [victim])
         self.repository.delete([victim])
-        del self.expected[victim.id]
+        self.expected.pop(victim.id, None)
         for each in lost:
             with pytest.raises(DamagedSnapshotError, match="is gone"):
                 trace(self.repository, each)
         self.repository.delete(lost)
         for each in lost:
             del self.expected[each.id]
+        self.repository.delete(
+            [each for each in self.repository.snapshots() if each.share_of not in {None, *self.expected}]
+        )
 
     @precondition(lambda self: getattr(self, "expected", None))
     @rule(data=st.data())
     def restore(self, data):
         self.fresh(0)
-        self.check(data.draw(st.sampled_from(self.repository.snapshots())))
+        self.check(data.draw(st.sampled_from(self.listed())))
 
     def check(self, snapshot: Snapshot) -> None:
         """Read a snapshot by tracing back, and, where it is whole, as the stock tool would."""

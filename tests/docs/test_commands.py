@@ -17,9 +17,11 @@ import pytest
 from click.testing import CliRunner
 
 from blockferry.cli.main import cli
+from blockferry.extents import ExtentSet
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.snapshot import Record
 from groups_support import store_group
+from sets_support import SharedVolume, common_record, make_set
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
@@ -112,6 +114,7 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("schedule", "install", "--directory", place / "units"),
                 ("schedule", "show", "--directory", place / "units"),
                 ("schedule", "remove", "--directory", place / "units"),
+                ("apply-log", stored_set(repository), "--repo", repository),
                 ("delete", "latest", "--repo", repository),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
@@ -126,6 +129,13 @@ def stored_group(top: Path, reference: str) -> str:
         return store_group(top, repository).id
 
 
+def stored_set(reference: str) -> str:
+    with contextlib.closing(repository_named(plugin_manager(), reference)) as repository:
+        used, volume = ExtentSet.whole(1 << 20), SharedVolume(bytes(1 << 20))
+        record = common_record(1 << 20, repository.unit(1 << 20))
+        return make_set(repository, volume, used, [used], {}, record).snapshot.id
+
+
 def blockferry(*words: str | Path) -> dict[str, object]:
     command = [str(Path(sys.executable).with_name("blockferry")), *map(str, words), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -133,16 +143,17 @@ def blockferry(*words: str | Path) -> dict[str, object]:
 
 @pytest.mark.root
 def test_the_page_names_the_fields_of_every_json_result(printed: dict[str, dict[str, object]]) -> None:
-    rows = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z -]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
     assert rows.keys() == printed.keys()
     for command, result in printed.items():
         text, _, of_entries = rows[command].partition("a list of objects with")
         named = set(re.findall(r"`(\w+)`", text)) - {"start", "length"}
         if "the fields of [the record]" in text:
             named |= {field.name for field in dataclasses.fields(Record)}
-        if "the fields of `attach`" in text:
-            named |= set(printed["attach"]) - {"attach"}
-        assert named - {"attach"} | {"version"} == set(result), command
+        for other in ("attach", "merge"):
+            if f"the fields of `{other}`" in text:
+                named |= set(printed[other])
+        assert named - {"attach", "merge"} | {"version"} == set(result), command
         if of_entries:
             (entries,) = (value for value in result.values() if isinstance(value, list))
             assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from blockferry.extents import ExtentSet
+from blockferry.manager import plugin_manager, repository_named
+from commands_support import new_depot
+from sets_support import SharedVolume, common_record, make_set
 
 PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
 BLOCKFERRY = str(Path(sys.executable).with_name("blockferry"))
@@ -232,13 +238,40 @@ def test_parts_are_put_over_what_they_lie_on(
     assert_restored(worn_device, image)
 
 
+@pytest.mark.parametrize("tool", ["borg", "restic"])
+@pytest.mark.parametrize("target_is", ["device", "new file"])
+def test_a_log_is_put_over_the_shares_of_its_set(
+    tool: str, target_is: str, worn_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shares that meet in the middle of a block, and writes in both of them and in free space."""
+    depot = new_depot(tool, tmp_path / "repository")
+    for name, value in depot.env.items():
+        monkeypatch.setenv(name, value)
+    volume = SharedVolume(os.urandom(9 * MIB + 512))
+    size = len(volume.instant)
+    used = ExtentSet.from_pairs([(0, 3 * MIB), (3 * MIB + 4096, 5 * MIB)])
+    shares = [ExtentSet.from_pairs([(0, 5 * MIB + 512)]), ExtentSet.from_pairs([(5 * MIB + 512, 5 * MIB)])]
+    writes = {1: [(MIB, os.urandom(70_000)), (6 * MIB, bytes(100)), (9 * MIB, b"free")], 2: [(5 * MIB, bytes(900))]}
+    with contextlib.closing(repository_named(plugin_manager(), depot.reference)) as repository:
+        made = make_set(repository, volume, used, shares, writes, common_record(size, repository.unit(size)))
+    target = worn_device if target_is == "device" else tmp_path / "restored.img"
+    monkeypatch.setenv({"borg": "BORG_REPO", "restic": "RESTIC_REPOSITORY"}[tool], str(depot.path))
+    prepare, from_borg, from_restic = blocks("A set")
+    places = {"the-id-of-the-set": made.snapshot.id, "/dev/sdX": target, "/var/tmp/volume": tmp_path / "scratch"}
+    run_shell(prepare + {"borg": from_borg, "restic": from_restic}[tool], places)
+    with target.open("rb") as file:
+        made.assert_is(file.read(size))
+    assert not (tmp_path / "scratch").exists()
+
+
 def test_every_command_on_the_page_is_run_here() -> None:
-    headings = ("From borg", "From borg 2", "From restic", "A part", "Afterwards")
+    headings = ("From borg", "From borg 2", "From restic", "A part", "A set", "Afterwards")
     assert {heading: len(blocks(heading)) for heading in headings} == {
         "From borg": 5,
         "From borg 2": 2,
         "From restic": 4,
         "A part": 2,
+        "A set": 3,
         "Afterwards": 1,
     }
-    assert PAGE.read_text().count("```sh") == 14
+    assert PAGE.read_text().count("```sh") == 17

@@ -54,9 +54,8 @@ class Context:
 
         With `log_reference` the snapshots of that repository are there as well.
         """
-        with contextlib.closing(
-            repository_with_log(self.manager, self.reference(reference), log_reference)
-        ) as repository:
+        named = self.reference(reference)
+        with contextlib.closing(repository_with_log(self.manager, named, log_reference)) as repository:
             yield repository
 
     @contextlib.contextmanager
