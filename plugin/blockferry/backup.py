@@ -22,7 +22,7 @@ from blockferry.errors import BaseUnusableError, DamagedSnapshotError
 from blockferry.freeze import hold_still
 from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
 from blockferry.ladder import used_blocks
-from blockferry.layers import BaseLayer, CutLayer, FileLayer, Layer
+from blockferry.layers import CheckedLayer, CutLayer, FileLayer
 from blockferry.progress import Progress
 from blockferry.repository import Base, Repository, plan
 from blockferry.snapshot import (
@@ -212,22 +212,6 @@ class _Run:
             contextlib.closing(difference.chain.open(self.repository)) as image,
         ):
             return compare_sample(CheckedLayer(disk, self.frozen.check), image, same, pieces)
-
-
-class CheckedLayer(BaseLayer):
-    """A layer whose every read is followed by checks that what was read is still what it was."""
-
-    def __init__(self, layer: Layer, *checks: Callable[[], object]) -> None:
-        self.layer = layer
-        self.checks = checks
-        self.size = layer.size
-        self.extents = layer.extents
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Read, then make sure that nobody wrote meanwhile."""
-        self.layer.read_into(offset, buffer)
-        for check in self.checks:
-            check()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import errno
 import heapq
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -186,6 +186,22 @@ class CutLayer(BaseLayer):
     def close(self) -> None:
         """Close the layer below."""
         self.layer.close()
+
+
+class CheckedLayer(BaseLayer):
+    """A layer whose every read is followed by checks that what was read is still what it was."""
+
+    def __init__(self, layer: Layer, *checks: Callable[[], object]) -> None:
+        self.layer = layer
+        self.checks = checks
+        self.size = layer.size
+        self.extents = layer.extents
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read, then make sure that nobody wrote meanwhile."""
+        self.layer.read_into(offset, buffer)
+        for check in self.checks:
+            check()
 
 
 class Stack(BaseLayer):

@@ -108,7 +108,8 @@ def back_up_shared(
             coordinator.seal()
             with _entire_log(coordinator, record.snapshot, progress) as logged:
                 snapshots = [each.snapshot for each in stored]
-                with progress.task("the log", logged.extents.total) as advance:
+                work = logged.extents.intersection(used.extents).align(record.unit, record.size).total
+                with progress.task("the log", work) as advance:
                     joined = logs if logs is copies else JoinedRepository(logs, copies)
                     closing = close_set(joined, logged, snapshots, used.extents, record, advance)
     result = SharedResult(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,7 +14,6 @@ from multiprocessing import get_context
 from types import ModuleType
 from typing import Any, Protocol
 
-from blockferry import service
 from blockferry.cluster import shares
 from blockferry.cluster.shares import Job
 from blockferry.errors import BlockferryError, ToolMissingError, UsageError
@@ -86,7 +86,7 @@ class Dask:
             )
 
     def copy(self, jobs: Sequence[Job], repository: Repository, check: Check, advance: Advance) -> Iterator[Stored]:
-        """Copy by as many workers at a time as the repository takes writers; Dask gives a dead one's share to others."""
+        """Copy by as many workers as the repository takes writers; a dead one's share Dask gives to others."""
         at_once = self.shares if "concurrent" in repository.capabilities else 1
         submit = self._client.get_executor(resources=self._resource, pure=False, retries=0).submit
         yield from _drain(lambda job: submit(shares.copy_share, job), jobs, at_once, check, advance)
@@ -103,7 +103,6 @@ def work_for(address: str, host: str) -> None:
     No nanny: a worker that dies takes nothing along that it had said it did, and its service starts it anew.
     """
     distributed = _distributed()
-    service.end_by_signals()
 
     async def work(scratch: str) -> None:
         resources = {f"volume:{name}": 1 for name in shares.PATHS}
@@ -111,13 +110,13 @@ def work_for(address: str, host: str) -> None:
             address, name=host, nthreads=1, resources=resources, local_directory=scratch, dashboard=False
         )
         async with worker:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, asyncio.ensure_future, worker.close())
             await worker.finished()
 
     with tempfile.TemporaryDirectory(prefix="blockferry-worker-") as scratch:
         try:
             asyncio.run(work(scratch))
-        except service.StopError:
-            return
         except (OSError, TimeoutError, ValueError) as error:
             raise UsageError(
                 f"{address}: no Dask scheduler answers there: {error}", remedy="Write tcp://HOST:8786"

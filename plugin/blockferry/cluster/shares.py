@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from blockferry.cluster.stored import store_share
 from blockferry.errors import UsageError
 from blockferry.extents import ExtentSet
+from blockferry.layers import CheckedLayer
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.repository import Advance, Repository
 from blockferry.snapshot import Record, Snapshot, Stored
@@ -53,7 +55,7 @@ def cut(used: ExtentSet, count: int, unit: int, size: int) -> list[ExtentSet]:
     row = np.searchsorted(before, edges, side="right") - 1
     places = (chunks.starts[row] + edges - before[row]) // unit * unit
     cuts = [0, *places.astype(int).tolist(), size]
-    shares = [used.clip(start, end) for start, end in zip(cuts[:-1], cuts[1:], strict=True) if end > start]
+    shares = [used.clip(start, end) for start, end in itertools.pairwise(cuts) if end > start]
     return [share for share in shares if share]
 
 
@@ -77,8 +79,6 @@ def copy_into(repository: Repository, job: Job, advance: Advance, check: Callabl
     record = Record.from_json(job.record.encode(), "a share")
     extents = ExtentSet.from_pairs(job.extents)
     with Volume.discover(PATHS[job.volume], job.volume).open_data() as disk:
-        from blockferry.backup import CheckedLayer  # noqa: PLC0415  # it knows of much that a worker does not need
-
         return store_share(repository, CheckedLayer(disk, check), extents, record, advance)
 
 

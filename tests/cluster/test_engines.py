@@ -1,0 +1,156 @@
+"""Who copies the shares: processes of one host, or workers of several, of which one may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cluster_load
+from cluster.test_backup import instant_of, writes_of
+from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
+from commands_support import Depot, command, new_depot
+from conftest import Attach
+
+pytestmark = pytest.mark.root
+
+SIZE = 48 * MIB
+
+
+@pytest.fixture
+def volume(tmp_path: Path, attach: Attach) -> str:
+    image = tmp_path / "volume.img"
+    image.write_bytes(random.Random(5).randbytes(SIZE))
+    return attach(image)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
+    with sharing(2, tmp_path, volume, f"sqlite://{tmp_path / 'index.sqlite'}") as made:
+        yield made
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[str]:
+    """A Dask scheduler; returns its address."""
+    file = tmp_path / "scheduler.json"
+    words = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    process = subprocess.Popen([str(Path(sys.executable).with_name("dask")), *words], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: file.exists() and file.read_text().endswith("}"))
+        yield json.loads(file.read_text())["address"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Workers:
+    """Workers of hosts, and what they hold of a repository."""
+
+    def __init__(self, depot: Depot, hosts: list[SharingHost], scheduler: str) -> None:
+        self.processes = [
+            subprocess.Popen(
+                command("cluster", "worker", scheduler, "--volume", f"{VOLUME}={host.volume}", "--host", host.name),
+                env=os.environ | host.env | depot.env,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for host in hosts
+        ]
+
+    def end(self) -> None:
+        for each in self.processes:
+            each.send_signal(signal.SIGTERM)
+        for each in self.processes:
+            _out, err = each.communicate(timeout=30)
+            assert "Traceback" not in err or each.returncode < 0, err
+
+
+def back_up(depot: Depot, hosts: list[SharingHost], tmp_path: Path, *options: object) -> dict[str, object]:
+    """Back up while both hosts write; assert that what comes back is the instant."""
+    before = Path(hosts[0].volume).read_bytes()
+    locks = tmp_path / "locks"
+    locks.touch()
+    for number, host in enumerate(hosts):
+        host.start()
+        host.start_load(locks, number + 1)
+    words = ["cluster", "backup", hosts[0].volume, "--name", VOLUME, *options, "--json"]
+    said = depot.ferry(*words, **hosts[0].env).json()
+    restored = tmp_path / "restored.img"
+    assert depot.ferry("restore", said["snapshot"], restored).code == 0
+    cluster_load.check(restored.read_bytes(), before, writes_of(hosts), instant_of(depot, said["snapshot"]))
+    assert all(code == 0 for host in hosts for code in host.stop_loads())
+    return said
+
+
+def test_processes_of_one_host_copy_a_share_each(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
+    assert back_up(depot, hosts, tmp_path, "--processes", "3")["shares"] == 3
+
+
+def test_every_host_copies_a_share(depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path):
+    workers = Workers(depot, hosts, scheduler)
+    try:
+        _wait_for(scheduler, 2)
+        assert back_up(depot, hosts, tmp_path, "--engine", f"dask://{scheduler}")["shares"] == 2
+    finally:
+        workers.end()
+
+
+def test_a_worker_that_is_killed_leaves_its_share_to_the_other(
+    hosts: list[SharingHost], scheduler: str, tmp_path: Path
+):
+    depot = new_depot("restic", tmp_path / "repository")
+    workers = Workers(depot, hosts, scheduler)
+    try:
+        _wait_for(scheduler, 2)
+        threading.Thread(target=_kill_when_it_copies, args=[workers.processes[1]], daemon=True).start()
+        assert back_up(depot, hosts, tmp_path, "--engine", f"dask://{scheduler}")["shares"] == 2
+        listed = depot.ferry("snapshots", "--json").json()["snapshots"]
+        assert len(listed) == 1
+    finally:
+        workers.end()
+
+
+def test_a_scheduler_without_the_volume_is_refused(
+    depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path
+):
+    hosts[0].start()
+    words = ["cluster", "backup", hosts[0].volume, "--name", VOLUME, "--engine"]
+    depot.ferry(*words, f"dask://{scheduler}", **hosts[0].env).refused(2, "no worker has the volume", "cluster worker")
+    depot.ferry(*words, "dask://tcp://127.0.0.1:1", **hosts[0].env).refused(2, "no Dask scheduler")
+    depot.ferry(*words, "slurm", **hosts[0].env).refused(2, "not an engine")
+    assert depot.archives() == []
+
+
+def _kill_when_it_copies(worker: subprocess.Popen[str]) -> None:
+    """Kill a worker half a second after it has started restic."""
+    children = Path(f"/proc/{worker.pid}/task")
+    while not any("restic" in _name(each) for path in children.glob("*/children") for each in path.read_text().split()):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    worker.kill()
+
+
+def _name(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/comm").read_text()
+    except OSError:
+        return ""
+
+
+def _wait_for(scheduler: str, count: int) -> None:
+    """Wait until so many workers are there."""
+    import distributed  # noqa: PLC0415  # takes a second
+
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        wait_until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == count)
+        time.sleep(0.2)
