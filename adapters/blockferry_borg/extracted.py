@@ -78,7 +78,7 @@ class MountedImage(_Image):
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-        # The mount of borg 2.0.0b23 fails when the kernel asks it, a second later, about an open file; opened anew it works.
+        # The mount of borg 2.0.0b23 fails when the kernel asks it about an open file, after a second. Anew it opens.
         fresh = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(fresh, self._descriptor, inheritable=False)
         os.close(fresh)
