@@ -12,7 +12,7 @@ import pytest
 
 from commands_support import Depot, blockferry, command, run
 
-ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_KILLS", "2"))
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_KILLS", "1"))
 
 
 def stop(running: subprocess.Popen) -> list[int]:

@@ -22,7 +22,7 @@ import pytest
 from commands_support import Depot, new_depot, run
 from hot_support import MIB, Hot, check_filesystem, mounted, same_tree, unmount
 
-ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_HOT_KILLS", "4"))
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_HOT_KILLS", "2"))
 SEED = int(os.environ.get("BLOCKFERRY_TEST_HOT_SEED", "1"))
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 15 * ROUNDS)]
 BLOCK = 4096
