@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ class MountedImage(_Image):
         """Mount the archive, and keep it mounted until `close`; raise what the mount raises."""
         super().__init__(name, extents, size)
         with contextlib.ExitStack() as opened:
-            path = opened.enter_context(mounted)
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._path = opened.enter_context(mounted)
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, self._descriptor)
             if os.fstat(self._descriptor).st_size != self.size:
                 raise self._damaged(0, f"the image has {os.fstat(self._descriptor).st_size} bytes, its map {self.size}")
@@ -63,12 +64,25 @@ class MountedImage(_Image):
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                count = self._read(offset + done, buffer[done:])
             except OSError as error:
                 raise self._damaged(offset + done, error.strerror or "borg mount failed") from None
             if not count:
                 raise self._damaged(offset + done, "it ends there")
             done += count
+
+    def _read(self, offset: int, buffer: memoryview) -> int:
+        """Read some bytes; return how many."""
+        try:
+            return os.preadv(self._descriptor, [buffer], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        # The mount of borg 2.0.0b23 fails when the kernel asks it about an open file, after a second. Anew it opens.
+        fresh = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(fresh, self._descriptor, inheritable=False)
+        os.close(fresh)
+        return os.preadv(self._descriptor, [buffer], offset)
 
 
 class ExtractedImage(_Image):
