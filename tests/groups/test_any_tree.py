@@ -71,7 +71,7 @@ def grow(tree: dict[bytes, Any], top: bytes, files: list[bytes], number: int = 1
             os.symlink(what[1], path)
         elif what[0] == "fifo":
             os.mkfifo(path)
-        elif what[0] == "hard" and files and os.path.lexists(files[-1]):
+        elif what[0] == "hard" and files and os.path.isfile(files[-1]) and not os.path.islink(files[-1]):
             os.link(files[-1], path)
         else:
             _write(path, *(what[1:] if len(what) == 4 else ([], 0o640, {})), number)
