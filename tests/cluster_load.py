@@ -91,7 +91,9 @@ def check(image: bytes, before: bytes, writes: Sequence[Write], instant: int) ->
                 may_be.setdefault(block, set()).add(write.number)
     for block in range(len(image) // BLOCK):
         found = image[block * BLOCK : (block + 1) * BLOCK]
-        expected = [content(each, block) for each in was.get(block, [])] or [before[block * BLOCK : (block + 1) * BLOCK]]
+        expected = [content(each, block) for each in was.get(block, [])] or [
+            before[block * BLOCK : (block + 1) * BLOCK]
+        ]
         expected += [content(each, block) for each in may_be.get(block, ())]
         assert found in expected, (block, struct.unpack_from("<QQ", found), was.get(block), may_be.get(block))
     return len(may_be)

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, index_option, json_option, repository_option
 from blockferry.cli.output import Listing
-from blockferry.cluster import engines, shares
+from blockferry.cluster import copying, engines
 from blockferry.cluster.backup import SharedResult, back_up_shared
 from blockferry.cluster.coordinator import hosts_of, progress_of
 from blockferry.cluster.engines import Engine
@@ -64,7 +64,7 @@ def backup(
       blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup
     """
     found = Volume.discover(volume, name or default_name(volume))
-    shares.PATHS[found.name] = found.path
+    copying.PATHS[found.name] = found.path
     with contextlib.ExitStack() as opened:
         repository = opened.enter_context(context.repository(reference))
         logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
@@ -138,7 +138,7 @@ def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: st
         name, separator, path = each.partition("=")
         if not separator:
             raise UsageError(f"{each}: names no volume", remedy="Write NAME=PATH, such as lun0=/dev/mapper/lun0.")
-        shares.PATHS[name] = Volume.discover(path, name).path
+        copying.PATHS[name] = Volume.discover(path, name).path
     engines.work_for(scheduler, host or socket.gethostname())
 
 

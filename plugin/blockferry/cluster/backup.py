@@ -18,7 +18,7 @@ from typing import Any
 
 import pluggy
 
-from blockferry.cluster import shares
+from blockferry.cluster import copying
 from blockferry.cluster.coordinator import Coordinator, coordinated
 from blockferry.cluster.engines import Engine
 from blockferry.cluster.index import LogIndex
@@ -135,8 +135,8 @@ def _copied(
     progress: Progress,
 ) -> Iterator[Stored]:
     """Have the shares copied; yield each that is stored."""
-    cut = shares.cut(used, engine.shares, record.unit, record.size)
-    jobs = [shares.job_for(share, record, repository.reference) for share in cut]
+    cut = copying.cut(used, engine.shares, record.unit, record.size)
+    jobs = [copying.job_for(share, record, repository.reference) for share in cut]
     with progress.task("backup", used.align(record.unit, record.size).total) as advance:
         yield from engine.copy(jobs, repository, coordinator.check, advance)
 

@@ -14,8 +14,8 @@ from multiprocessing import get_context
 from types import ModuleType
 from typing import Any, Protocol
 
-from blockferry.cluster import shares
-from blockferry.cluster.shares import Job
+from blockferry.cluster import copying
+from blockferry.cluster.copying import Job
 from blockferry.errors import BlockferryError, ToolMissingError, UsageError
 from blockferry.repository import Advance, Repository
 from blockferry.snapshot import Stored
@@ -44,7 +44,7 @@ class InProcess:
     def copy(self, jobs: Sequence[Job], repository: Repository, check: Check, advance: Advance) -> Iterator[Stored]:
         """Copy one share after the other."""
         for job in jobs:
-            yield shares.copy_into(repository, job, advance, check)
+            yield copying.copy_into(repository, job, advance, check)
 
 
 class Processes:
@@ -56,9 +56,9 @@ class Processes:
     def copy(self, jobs: Sequence[Job], repository: Repository, check: Check, advance: Advance) -> Iterator[Stored]:
         """Copy as many shares at a time as the repository takes writers."""
         at_once = self.shares if "concurrent" in repository.capabilities else 1
-        with ProcessPoolExecutor(at_once, get_context("spawn"), _tell_paths, (dict(shares.PATHS),)) as pool:
+        with ProcessPoolExecutor(at_once, get_context("spawn"), _tell_paths, (dict(copying.PATHS),)) as pool:
             try:
-                yield from _drain(lambda job: pool.submit(shares.copy_share, job), jobs, at_once, check, advance)
+                yield from _drain(lambda job: pool.submit(copying.copy_share, job), jobs, at_once, check, advance)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -89,7 +89,7 @@ class Dask:
         """Copy by as many workers as the repository takes writers; a dead one's share Dask gives to others."""
         at_once = self.shares if "concurrent" in repository.capabilities else 1
         submit = self._client.get_executor(resources=self._resource, pure=False, retries=0).submit
-        yield from _drain(lambda job: submit(shares.copy_share, job), jobs, at_once, check, advance)
+        yield from _drain(lambda job: submit(copying.copy_share, job), jobs, at_once, check, advance)
 
     def close(self) -> None:
         """Leave the scheduler."""
@@ -98,14 +98,14 @@ class Dask:
 
 
 def work_for(address: str, host: str) -> None:
-    """Copy shares that a Dask scheduler hands out, one at a time, until SIGTERM or SIGINT; `shares.PATHS` says of what.
+    """Copy shares of what `copying.PATHS` names, as a Dask scheduler hands them out, until SIGTERM or SIGINT.
 
     No nanny: a worker that dies takes nothing along that it had said it did, and its service starts it anew.
     """
     distributed = _distributed()
 
     async def work(scratch: str) -> None:
-        resources = {f"volume:{name}": 1 for name in shares.PATHS}
+        resources = {f"volume:{name}": 1 for name in copying.PATHS}
         worker = distributed.Worker(
             address, name=host, nthreads=1, resources=resources, local_directory=scratch, dashboard=False
         )
@@ -162,7 +162,7 @@ def _drain(
 def _outcome(done: Future[dict[str, Any]]) -> Stored:
     """Return what a share came to; raise BlockferryError, in words, if it failed."""
     try:
-        return shares.stored_of(done.result())
+        return copying.stored_of(done.result())
     except BlockferryError:
         raise
     except BrokenProcessPool:
@@ -172,4 +172,4 @@ def _outcome(done: Future[dict[str, Any]]) -> Stored:
 
 
 def _tell_paths(paths: dict[str, str]) -> None:
-    shares.PATHS.update(paths)
+    copying.PATHS.update(paths)
