@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OUTSIDE = {Path(__file__).name, "test_power_cut.py"}
+OUTSIDE = {Path(__file__).name, "test_ocfs2.py", "test_power_cut.py"}
 FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path.name not in OUTSIDE)
 FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
 BOOTS = {Path(file).stem: [file] for file in FILES} if FULL else {"some": ["-m", "not thorough", *FILES]}
