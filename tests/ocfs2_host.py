@@ -2,12 +2,12 @@
 
     python ocfs2_host.py NAME HOME
 
-The guests are called a and b. They have the addresses of the page on shared volumes, and meet by way of the index, which
-runs in a. Each writes steps, as described at `Writer`; a backs the disk up meanwhile. At last, when nobody uses the disk
-any more, a restores it, mounts it, and takes its files out.
+The guests are called a and b. They have the addresses of the page on shared volumes, and meet by way of the index,
+which runs in a. Each writes steps, as described at `Writer`; a backs the disk up meanwhile. At last, when nobody uses
+the disk any more, a restores it, mounts it, and takes its files out.
 
-HOME has `cluster.conf`. It gets NAME.json, what a host knows of the instant, backup.json, what the backup said, and the
-directory `restored`.
+HOME has `setup.sh`, which configures the cluster. It gets NAME.json, what a host knows of the instant, backup.json,
+what the backup said, and the directory `restored`. The repository is that of the environment.
 """
 
 from __future__ import annotations
@@ -205,27 +205,15 @@ class Host:
         (self.home / f"{self.name}.json").write_text(json.dumps(told))
 
     def _back_up(self) -> None:
-        words = [
-            DISK,
-            "--name",
-            VOLUME,
-            "--index",
-            INDEX,
-            "--repo",
-            os.environ["REPOSITORY"],
-            "--host",
-            "a",
-            "--host",
-            "b",
-        ]
+        words = [DISK, "--name", VOLUME, "--index", INDEX, "--host", "a", "--host", "b"]
         self.said: Any = blockferry("cluster", "backup", *words, "--json", timeout=_PATIENCE).json()
         self.say(self.said)
         (self.home / "backup.json").write_text(json.dumps(self.said))
 
     def _take_out(self) -> None:
         """Restore what was backed up, and mount it, by which the kernel replays the journals of both hosts."""
-        words = [self.said["snapshot"], DISK, "--repo", os.environ["REPOSITORY"]]
-        assert blockferry("restore", *words, timeout=_PATIENCE).code == 0
+        run("blkdiscard", "--zeroout", DISK)
+        blockferry("restore", self.said["snapshot"], DISK, "--json", timeout=_PATIENCE).json()
         self.say("restored")
         run("mount", "-t", "ocfs2", DISK, PLACE)
         shutil.copytree(WORK, self.home / "restored")
@@ -238,16 +226,7 @@ class Host:
             self._wait_for_index()
             yield
             return
-        settings = [
-            "--bind",
-            ADDRESSES["a"],
-            "--protected-mode",
-            "no",
-            "--save",
-            "",
-            "--maxmemory-policy",
-            "noeviction",
-        ]
+        settings = ["--bind", ADDRESSES["a"], "--protected-mode", "no", "--save", ""]
         server = subprocess.Popen(["redis-server", *settings], stdout=subprocess.DEVNULL)
         try:
             self._wait_for_index()
@@ -269,8 +248,7 @@ class Host:
     def _be_in_the_cluster(self) -> None:
         """Set o2cb up as Debian does it, but for a directory below the root, which a guest cannot make."""
         socket.sethostname(self.name)
-        Path("/etc/ocfs2/cluster.conf").write_bytes((self.home / "cluster.conf").read_bytes())
-        Path("/etc/default/o2cb").write_text("O2CB_ENABLED=true\nO2CB_BOOTCLUSTER=shared\n")
+        run("sh", self.home / "setup.sh")
         script = Path("/etc/init.d/o2cb")
         script.write_text(script.read_text().replace('"/dlm"', '"/run/dlm"'))
         run(script, "start")

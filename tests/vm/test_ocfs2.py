@@ -23,7 +23,7 @@ from ocfs2_host import ADDRESSES, BLOCK, CELLS, KEPT, content, records_of
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "shared-volumes.md"
 FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
-SIZE = 128 << 20
+SIZE = 64 << 20
 
 
 @pytest.mark.vm
@@ -36,8 +36,8 @@ def test_a_disk_that_two_guests_write_to_through_ocfs2_comes_back_as_of_one_inst
     depot = new_depot("restic", tmp_path / "repository")
     disk = tmp_path / "shared.img"
     run("truncate", "-s", SIZE, disk)
-    (found,) = re.findall(r"cat >/etc/ocfs2/cluster.conf <<'END'\n(.*?)END\n", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "cluster.conf").write_text(found)
+    (setup,) = re.findall(r"^```sh\n(cat >/etc/ocfs2/.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "setup.sh").write_text(setup)
     ports = free_ports()
     guests = [
         boot("a", disk, tmp_path, depot, ports),
@@ -53,6 +53,7 @@ def test_a_disk_that_two_guests_write_to_through_ocfs2_comes_back_as_of_one_inst
     said = json.loads((tmp_path / "backup.json").read_text())
     assert said["hosts"] == list(ADDRESSES)
     assert said["bytes_logged"]
+    assert depot.ferry("show", said["snapshot"], "--json").json()["stability"] == "crash-consistent"
     checked = run("fsck.ocfs2", "-n", "-f", disk)
     assert "All passes succeeded" in checked
     assert "? n" not in checked
@@ -80,7 +81,7 @@ def boot(name: str, disk: Path, home: Path, depot: Depot, ports: tuple[int, int]
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "BLOCKFERRY_STATE_DIR": "/dev/shm/state",
         "RESTIC_CACHE_DIR": "/dev/shm/restic",
-        "REPOSITORY": depot.reference,
+        "RESTIC_REPOSITORY": str(depot.path),
         **depot.env,
     }
     command = [ROOT / "scripts/vm", "--disable-microvm", f"--qemu-opts={' '.join(options)}", "--rwdir", home, "--"]
