@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1.5, metavar="GIB", help="the size of the volume")
     parser.add_argument("--rate", type=int, default=16, metavar="MIB", help="what a host reads in a second")
     parser.add_argument("--seconds", type=int, default=10, help="how long fio writes")
+    parser.add_argument("--depth", type=int, default=32, help="how many writes fio has under way")
     options = parser.parse_args()
     report = measure.Report("cluster")
     with tempfile.TemporaryDirectory(prefix="blockferry-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")) as directory:
@@ -221,7 +222,7 @@ def fio(device: str, options: argparse.Namespace) -> Run:
     done = measure.run(
         [
             *("fio", "--name=writes", f"--filename={device}", "--rw=randwrite", "--bs=64k", "--direct=1"),
-            *("--ioengine=libaio", "--iodepth=8", "--time_based", f"--runtime={options.seconds}"),
+            *("--ioengine=libaio", f"--iodepth={options.depth}", "--time_based", f"--runtime={options.seconds}"),
             *("--randrepeat=1", "--output-format=json"),
         ]
     )
