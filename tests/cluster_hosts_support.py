@@ -50,7 +50,7 @@ class SharingHost:
 
     def start(self, *options: object) -> dict[str, Any]:
         """Start the guard."""
-        words = [self.volume, "--name", VOLUME, "--host", self.name, *options]
+        words = [self.volume, "--name", VOLUME, "--host", self.name, "--log-room", "1M", *options]
         said = self.ferry("guard", "start", *words, "--json").json()
         self.device = said["device"]
         return said

@@ -18,7 +18,11 @@ Attach = Callable[..., str]
 Mount = Callable[..., Path]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not {"BLOCKFERRY_TEST_THOROUGH", "BLOCKFERRY_VM"} & os.environ.keys():
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     # What takes minutes on one processor begins first, and the others take the rest.
     items.sort(key=lambda item: item.get_closest_marker("vm") is None)
     if os.geteuid() == 0:

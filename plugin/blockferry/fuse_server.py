@@ -27,6 +27,8 @@ _MOST_PER_READ = 1 << 20
 """What the kernel asks for at once: its own limit of 256 pages."""
 _THREADS = 8
 """How many threads are kept waiting for requests."""
+_MOST_THREADS = 32
+"""How many requests are answered at once: writes that a guard logs wait for each other."""
 _FOREVER = 86400.0
 """Seconds for which the kernel may trust names and attributes: a tree does not change while it is mounted."""
 _FILL_DIR_PLUS = 2
@@ -80,6 +82,7 @@ class TreeServer(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy has no types
             default_permissions=shared,
             # Left out, libfuse 3.14 complains about its own default on stderr (lib/helper.c).
             max_idle_threads=_THREADS,
+            max_threads=_MOST_THREADS,
         )
 
     @property

@@ -27,6 +27,10 @@ _FLUSH_SECONDS = 1.0
 """How often a claim pushes out what somebody wrote to a claimed device and the device does not know of yet."""
 
 
+_MOMENT = 0.5
+"""Seconds after which whoever has a device open to write is not just looking at it."""
+
+
 class InUseError(VolumeError):
     """A volume, or a device on it, is in use; `users` says by whom, a phrase each."""
 
@@ -95,7 +99,7 @@ def claim(path: str, harmless: Callable[[Mount], bool], access: int = os.O_RDONL
     """
     devices = _devices_of(path)
     family = {relative for device in devices for relative in (device, *_partitions(device), *_parent(device))}
-    processes, all_seen = writers(family, path)  # before we have them open ourselves
+    processes, all_seen = _lasting_writers(family, path)  # before we have them open ourselves
     with contextlib.ExitStack() as opened:
         taken = Claim(path, harmless, access, {}, [])
         users = [user for device in devices for user in _take(device, taken, opened)] + processes
@@ -105,6 +109,16 @@ def claim(path: str, harmless: Callable[[Mount], bool], access: int = os.O_RDONL
             raise InUseError(path, users)
         taken.begin()
         yield taken
+
+
+def _lasting_writers(devices: set[Numbers], path: str) -> tuple[list[str], bool]:
+    """Return what `writers` does, but for who lets go at once: whoever sets up a loop device opens others as well."""
+    deadline = time.monotonic() + _MOMENT
+    while True:
+        found = writers(devices, path)
+        if not found[0] or time.monotonic() > deadline:
+            return found
+        time.sleep(_MOMENT / 5)
 
 
 def writers(devices: set[Numbers], path: str = "") -> tuple[list[str], bool]:

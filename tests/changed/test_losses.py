@@ -72,6 +72,7 @@ def make_depot(shared: Path, tool: str, directory: Path) -> Depot:
 
 
 both = pytest.mark.parametrize("tool", ["borg", "restic"])
+either = pytest.mark.parametrize("tool", ["borg", pytest.param("restic", marks=pytest.mark.thorough)])
 
 
 def forget(depot: Depot, archive: str) -> None:
@@ -214,7 +215,7 @@ def test_another_image_with_the_same_uuid_is_read_as_what_it_is(make_job: Make) 
 
 
 @needs_root
-@both
+@either
 def test_a_base_that_was_deleted_is_not_built_on(make_job: Make, tool: str) -> None:
     job = make_job(tool)
     first = job.backup()
@@ -234,7 +235,7 @@ def test_a_base_that_was_deleted_is_not_built_on(make_job: Make, tool: str) -> N
 
 
 @needs_root
-@both
+@either
 def test_a_part_whose_base_was_deleted_is_refused_and_not_built_on(make_job: Make, tool: str, tmp_path: Path) -> None:
     job = make_job(tool)
     base = job.backup()
@@ -286,7 +287,7 @@ def check_down_the_ladder(job: Job, reason: str, *options: str) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("series", ["1.2", "1.4"])
+@pytest.mark.parametrize("series", [pytest.param("1.2", marks=pytest.mark.thorough), "1.4"])
 def test_a_base_that_was_repaired_is_not_built_on(make_job: Make, series: str, tmp_path: Path) -> None:
     job = make_job()
     job.depot = plain_depot(series, tmp_path / "plain")
@@ -374,7 +375,7 @@ def test_a_snapshot_of_another_volume_or_of_none_is_refused(make_job: Make) -> N
 
 
 @needs_root
-@both
+@either
 def test_a_clock_that_was_set_back_confuses_nobody(make_job: Make, tool: str) -> None:
     job = make_job(tool)
     first = job.backup()

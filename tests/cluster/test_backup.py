@@ -19,7 +19,7 @@ from conftest import Attach
 
 pytestmark = pytest.mark.root
 
-ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "2"))
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "1"))
 SIZE = 24 * MIB
 
 
@@ -52,7 +52,12 @@ def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]
     return depot.ferry(*words, **host.env).json()
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 3], indirect=True)
+@pytest.mark.timeout(300 + 30 * ROUNDS)
+@pytest.mark.parametrize(
+    "hosts",
+    [pytest.param(1, marks=pytest.mark.thorough), 2, pytest.param(4, marks=pytest.mark.thorough)],
+    indirect=True,
+)
 def test_what_comes_back_is_the_instant(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     before = Path(hosts[0].volume).read_bytes()
     locks = tmp_path / "locks"

@@ -92,10 +92,12 @@ def back_up(depot: Depot, hosts: list[SharingHost], tmp_path: Path, *options: ob
     return said
 
 
+@pytest.mark.parametrize("depot", [pytest.param("borg", marks=pytest.mark.thorough), "restic"], indirect=True)
 def test_processes_of_one_host_copy_a_share_each(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     assert back_up(depot, hosts, tmp_path, "--processes", "3")["shares"] == 3
 
 
+@pytest.mark.parametrize("depot", ["borg", pytest.param("restic", marks=pytest.mark.thorough)], indirect=True)
 def test_every_host_copies_a_share(depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path):
     workers = Workers(depot, hosts, scheduler)
     try:
@@ -120,6 +122,7 @@ def test_a_worker_that_is_killed_leaves_its_share_to_the_other(
         workers.end()
 
 
+@pytest.mark.parametrize("depot", ["restic"], indirect=True)
 def test_a_scheduler_without_the_volume_is_refused(
     depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path
 ):

@@ -22,9 +22,9 @@ from conftest import Attach
 from hot_hosts_support import Host
 from hot_hosts_support import hosts as namespaces
 
-pytestmark = pytest.mark.root
-
+THOROUGH = pytest.mark.thorough
 ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_FAULTS", "1"))
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 60 * ROUNDS)]
 LONGEST = 12.0
 """Seconds that a write may ever take: until a host lets go, and what an index that is silent costs beside."""
 
@@ -125,7 +125,9 @@ class Trouble:
         assert self.depot.ferry("verify", said["snapshot"], "--against", self.hosts[0].volume).code == 0
 
 
-@pytest.mark.parametrize("moment", ["begin", "middle", "any"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("begin", marks=THOROUGH), "middle", pytest.param("any", marks=THOROUGH)]
+)
 def test_a_host_is_killed(moment: str, depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     trouble = Trouble(depot, hosts, tmp_path)
     victim = hosts[1]
@@ -147,7 +149,10 @@ def test_a_host_is_killed(moment: str, depot: Depot, hosts: list[SharingHost], t
     trouble.one_more_is_right()
 
 
-@pytest.mark.parametrize("fault", ["killed", "restarted", "stopped", "full"])
+@pytest.mark.parametrize(
+    "fault",
+    ["killed", pytest.param("restarted", marks=THOROUGH), pytest.param("stopped", marks=THOROUGH), "full"],
+)
 def test_the_index_fails(fault: str, depot: Depot, hosts: list[SharingHost], redis: RedisServer, tmp_path: Path):
     trouble = Trouble(depot, hosts, tmp_path)
 
@@ -186,6 +191,7 @@ def test_the_coordinator_is_killed(depot: Depot, hosts: list[SharingHost], tmp_p
     trouble.one_more_is_right()
 
 
+@THOROUGH
 def test_the_repository_is_full(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     small = tmp_path / "small"
     small.mkdir()

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockferry.cluster import log as log_module
-from blockferry.cluster.log import LogLayer, LogWriter, edit
+from blockferry.cluster.log import LogLayer, LogWriter, edit, make_room
 from blockferry.errors import LogError
 from blockferry.exception_store import image_places
 from blockferry.extents import ExtentSet
@@ -539,3 +539,24 @@ def test_logs_of_other_chunks_or_another_volume_are_not_mixed(place: Path, chunk
         pytest.raises(LogError, match="another volume"),
     ):
         edit([one, two], writer)
+
+
+def test_a_log_is_made_over_room_and_over_an_older_log(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    make_room(path, 40 * 4096)
+    with pytest.raises(LogError):
+        LogLayer(path, 100 * 4096)
+    for turn in range(3):
+        with LogWriter(path, chunk=4096, size=100 * 4096, over=True) as writer:
+            chunks = np.arange(turn, 100, 7)
+            writer.append(chunks, [memoryview(bytes([turn + 1]) * 4096) for _ in chunks])
+        with LogLayer(path, 100 * 4096) as layer:
+            assert layer.chunks.tolist() == chunks.tolist()
+            read = bytearray(4096)
+            layer.read_into(turn * 4096, memoryview(read))
+            assert read == bytes([turn + 1]) * 4096
+        assert path.stat().st_size == 40 * 4096
+    make_room(path, 10 * 4096)
+    assert path.stat().st_size == 10 * 4096
+    with pytest.raises(LogError):
+        LogLayer(path, 100 * 4096)

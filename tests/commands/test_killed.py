@@ -39,7 +39,9 @@ def mounts(volume: str) -> list[str]:
     return [line for line in Path("/proc/self/mounts").read_text().splitlines() if volume in line]
 
 
-@pytest.mark.parametrize("victim", ["blockferry", "tool", "terminate", "interrupt"])
+@pytest.mark.parametrize(
+    "victim", ["blockferry", "tool", pytest.param("terminate", marks=pytest.mark.thorough), "interrupt"]
+)
 def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim):
     image = tmp_path / f"noise-{os.getpid()}-{victim}.img"
     image.write_bytes(os.urandom(96 << 20))

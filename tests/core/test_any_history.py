@@ -29,7 +29,7 @@ from simulation import BLOCK, Disk, MemoryRepository
 
 UNIT = 4 * BLOCK
 SIZE = 8 * UNIT
-EXAMPLES, STEPS = 300, 50
+EXAMPLES, STEPS = 210, 50
 
 CAPABILITIES = [frozenset(), frozenset({"reuse"}), frozenset({"reuse", "merge"})]
 places = st.integers(0, SIZE // BLOCK - 1)

@@ -190,6 +190,7 @@ def replay(log: Path, mark: bytes, disk: Path) -> None:
     pytest.fail("the mark is not in the log")
 
 
+@pytest.mark.thorough
 def test_what_was_synced_before_a_power_cut_is_in_the_answer_after_it(tmp_path: Path, attach: Attach) -> None:
     disk, log = tmp_path / "disk.img", tmp_path / "log.img"
     for image, size in ((disk, 100), (log, 200), (tmp_path / "after.img", 100)):

@@ -165,6 +165,7 @@ def test_a_volume_in_no_use_needs_no_snapshot(thick: str) -> None:
         assert snapshots() == []
 
 
+@pytest.mark.thorough
 def test_a_snapshot_is_preferred_to_freezing_for_the_length_of_the_backup(thick: str, mount: Mount) -> None:
     place = mount(thick)
     with hold(thick, FreezeOptions(fsfreeze_seconds=60)) as frozen:

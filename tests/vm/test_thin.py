@@ -83,6 +83,7 @@ def test_every_write_to_a_mounted_xfs_is_in_the_answer(volume: str, mount: Mount
     check(changed(thin, volume, since), before, contents(volume), most=0.8)
 
 
+@pytest.mark.thorough
 def test_what_was_discarded_or_zeroed_counts_and_nothing_else(volume: str) -> None:
     with open(volume, "r+b") as disk:
         disk.write(random.Random(1).randbytes(16 * MIB))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from typing import Any
@@ -37,11 +38,19 @@ def guard() -> None:
     metavar="BYTES",
     help="Acknowledge so much before it is on VOLUME: where each host has a part of its own.",
 )
+@click.option(
+    "--log-room",
+    callback=functools.partial(parse_bytes, least=0),
+    default="256M",
+    show_default=True,
+    metavar="BYTES",
+    help="Make so much room for logs beforehand: they are written faster there.",
+)
 @click.option("--foreground", is_flag=True, help="Stay, until SIGTERM or `guard stop`: for systemd.")
 @json_option
 @click.pass_obj
 def start(
-    context: Context, volume: str, index: str, name: str, host: str, buffer: int | None, foreground: bool
+    context: Context, volume: str, index: str, name: str, host: str, buffer: int | None, log_room: int, foreground: bool
 ) -> None:
     """Show VOLUME as a disk that all use of it on this host has to go through.
 
@@ -57,6 +66,7 @@ def start(
         index=index,
         host=host or socket.gethostname(),
         buffer=buffer or 0,
+        log_room=log_room,
     )
     for each in (request.name, request.host):
         directory_of(each)  # refuses what cannot be a name

@@ -12,6 +12,7 @@ Writers wait here for a thread that claims and logs whatever came together meanw
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 from collections.abc import Sequence
 
@@ -47,6 +48,8 @@ class BeforeImages:
         self._pending: dict[int, _Batch] = {}
         self._waiting = _Batch()
         self._ended = False
+        self._memory: list[memoryview] = []
+        """Of chunks that were logged, to be used again: page-aligned."""
         self._thread = threading.Thread(target=self._run, name="before images", daemon=True)
         self._thread.start()
 
@@ -92,8 +95,8 @@ class BeforeImages:
         if mine:
             try:
                 images = self._read(mine)
-            except BlockferryError as error:
-                self.fail(f"what is about to be overwritten cannot be read: {error.message}")
+            except Exception as error:  # others wait for these chunks
+                self.fail(f"what is about to be overwritten cannot be read: {error}")
                 return
             with self._turn:
                 if self._ended:  # the copy is done, and nothing needs to be logged any more
@@ -106,14 +109,15 @@ class BeforeImages:
             batch.done.wait()
 
     def _read(self, numbers: Sequence[int]) -> list[memoryview]:
-        """Return the images of chunks, read by as few requests as can be."""
-        images: list[memoryview] = []
-        for run in np.split(np.array(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1):
-            offset = int(run[0]) * self._chunk
-            length = min(run.size * self._chunk, self._device.size - offset)
-            buffer = memoryview(bytearray(length))
-            self._device.read_into(offset, buffer)
-            images += [buffer[place : place + self._chunk] for place in range(0, length, self._chunk)]
+        """Return the images of chunks, in memory that the device reads straight into."""
+        images = []
+        for number in numbers:
+            try:
+                image = self._memory.pop()
+            except IndexError:
+                image = memoryview(mmap.mmap(-1, self._chunk))
+            images.append(image[: self._device.size - number * self._chunk])
+            self._device.read_into(number * self._chunk, images[-1])
         return images
 
     def _run(self) -> None:
@@ -135,8 +139,7 @@ class BeforeImages:
 
     def _log(self, batch: _Batch) -> None:
         numbers = np.array(batch.numbers, np.int64)
-        order = np.argsort(numbers, kind="stable")
-        won = order[self._index.claim(self._claims, self._host, numbers[order])]
+        won = np.flatnonzero(self._index.claim(self._claims, self._host, numbers))
         if won.size:
             self._writer.append(numbers[won], [batch.images[number] for number in won.tolist()])
             self.bytes_logged += int(won.size) * self._chunk
@@ -146,6 +149,7 @@ class BeforeImages:
                 self._pending.pop(number, None)
         for each in batch.parts:
             each.done.set()
+        self._memory += [image for image in batch.images if len(image) == self._chunk]
 
 
 class _Batch:

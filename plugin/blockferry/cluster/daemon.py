@@ -21,6 +21,7 @@ from blockferry import service
 from blockferry.cluster import shared_device
 from blockferry.cluster.guard import Guard, Logged
 from blockferry.cluster.index import LogIndex
+from blockferry.cluster.log import make_room
 from blockferry.cluster.member import Member
 from blockferry.cluster.write_back import WriteBack
 from blockferry.errors import BlockferryError, NotNowError, UsageError
@@ -48,6 +49,8 @@ class Request:
     host: str
     buffer: int = 0
     """Bytes that are acknowledged before they are on the volume, at most."""
+    log_room: int = 256 << 20
+    """Bytes of a log that are made beforehand: it is written faster then."""
 
 
 def socket_path(name: str) -> Path:
@@ -168,10 +171,9 @@ class Guarding:
 def _guarding(request: Request, index: LogIndex) -> Iterator[Guarding]:
     """Stand in front of the volume, and follow its epochs, for the length of the context."""
     volume = Volume.discover(request.volume, request.name)
-    spool = state_directory() / KIND / request.name
-    spool.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in spool.glob("*.log"):
-        left.unlink()
+    spool = state_directory() / KIND / f"{request.name}.log"
+    spool.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_room(spool, request.log_room)
     record = socket_path(request.name).with_suffix(".loop")
     about = {"volume": request.name, "host": request.host, "path": volume.path, "size": volume.size}
     with shared_device.opened(volume) as device, contextlib.ExitStack() as held:

@@ -40,6 +40,8 @@ from blockferry.layers import BaseLayer
 
 EDITED = 16 << 20
 """Bytes of images that are taken from logs at a time when they are made one."""
+_VOID = 512
+"""Bytes of a header without which a file is no log."""
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 _ROOM = "Make room there, or look at the kernel log. The backup that this log is of cannot be finished: begin another."
 _ANOTHER = "The backup that this log is of cannot be finished: begin another."
@@ -48,15 +50,17 @@ _ANOTHER = "The backup that this log is of cannot be finished: begin another."
 class LogWriter:
     """A log that grows by batches. Used by one thread at a time."""
 
-    def __init__(self, path: Path, *, chunk: int, size: int) -> None:
+    def __init__(self, path: Path, *, chunk: int, size: int, over: bool = False) -> None:
         """Make an empty log, readable by its owner alone, of a volume of `size` bytes; it and its name are durable.
 
-        `chunk` is a power of two. Raise LogError if it cannot be made, or something has that name.
+        `chunk` is a power of two. Where the log is made `over` a file that is there it takes its room: a file that
+        need not grow is written twice as fast. Raise LogError if it cannot be made, or else something has that name.
         """
         if not is_chunk(chunk):
             raise ValueError(f"a log cannot have chunks of {chunk} bytes")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if over else os.O_EXCL)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, flags, 0o600)
         except OSError as error:
             raise LogError(f"{path}: cannot be made: {error.strerror}", remedy=_ROOM) from None
         try:
@@ -213,6 +217,23 @@ class LogWriter:
         _write(self._descriptor, [memoryview(zeros)], self._next_pair)
         os.ftruncate(self._descriptor, self._end)
         os.fdatasync(self._descriptor)
+
+
+def make_room(path: Path, size: int) -> None:
+    """Make a file of so many bytes for logs to be made over; void what is there. LogError if there is no room."""
+    try:
+        with open(path, "r+b" if path.exists() else "w+b", opener=_for_its_owner) as file:
+            file.write(bytes(_VOID))
+            file.truncate(min(file.seek(0, os.SEEK_END), size))
+            while (there := file.seek(0, os.SEEK_END)) < size:
+                file.write(bytes(min(EDITED, size - there)))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise LogError(f"{path}: no room for logs can be made: {error.strerror}", remedy="Make room there.") from None
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 class LogLayer(BaseLayer):

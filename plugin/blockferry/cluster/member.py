@@ -39,7 +39,7 @@ class Member:
     """Follows the epochs of one volume on one host, in a thread of its own."""
 
     def __init__(self, guard: Guard, device: SharedDevice, index: LogIndex, about: dict[str, Any], spool: Path) -> None:
-        """`about` is what other hosts learn of this one: `volume`, `host` and more; logs are written to `spool`."""
+        """`about` is what other hosts learn of this one: `volume`, `host` and more; the log is written to `spool`."""
         self._guard, self._device, self._index, self._spool = guard, device, index, spool
         self._volume, self._host, self._about = str(about["volume"]), str(about["host"]), about
         self._part: Part | None = None
@@ -181,7 +181,7 @@ class Part:
         self.remarks: list[str] = []
         """Why others do not."""
         self._guard, self._device, self._index, self._host = guard, device, index, host
-        self._path = spool / f"{epoch.id}.log"
+        self._path = spool
         self._frozen = contextlib.ExitStack()
         self._let_go_at = time.monotonic() + words.HELD
         self._bytes = 0
@@ -233,7 +233,7 @@ class Part:
         threading.Thread(target=self._send, name="hand over", daemon=True).start()
 
     def end(self) -> None:
-        """Let all writes pass, thaw, and forget the log."""
+        """Let all writes pass, and thaw. The log's file stays, for the next."""
         self._over.set()
         self._guard.log_by(None)
         with contextlib.suppress(BlockferryError):
@@ -242,10 +242,9 @@ class Part:
         if self.images:
             self.images.fail("the epoch is over")
             self.images.end()
-        self._path.unlink(missing_ok=True)
 
     def _new_images(self) -> BeforeImages:
-        writer = LogWriter(self._path, chunk=self.epoch.chunk, size=self._device.size)
+        writer = LogWriter(self._path, chunk=self.epoch.chunk, size=self._device.size, over=True)
         return BeforeImages(self._device, self._index, words.claims_of(self.epoch.id), self._host, writer)
 
     def _freeze(self, users: Volume | None) -> None:
