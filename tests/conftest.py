@@ -19,7 +19,7 @@ Mount = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not {"BLOCKFERRY_TEST_THOROUGH", "BLOCKFERRY_VM"} & os.environ.keys():
+    if not {"BLOCKFERRY_TEST_THOROUGH", "BLOCKFERRY_TEST_GUEST", "BLOCKFERRY_VM"} & os.environ.keys():
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -22,7 +22,6 @@ from ocfs2_host import ADDRESSES, BLOCK, CELLS, KEPT, content, records_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "shared-volumes.md"
-FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
 SIZE = 64 << 20
 
 
@@ -30,7 +29,6 @@ SIZE = 64 << 20
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.thorough
-@pytest.mark.skipif(not FULL, reason="boots two guests at once: run it with BLOCKFERRY_TEST_GUEST=full, or `tox -e vm`")
 @pytest.mark.timeout(1200)
 def test_a_disk_that_two_guests_write_to_through_ocfs2_comes_back_as_of_one_instant(tmp_path: Path) -> None:
     depot = new_depot("restic", tmp_path / "repository")
