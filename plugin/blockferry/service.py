@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -239,11 +240,20 @@ def notify_systemd(state: bytes) -> None:
             systemd.sendto(state, "\0" + address[1:] if address.startswith("@") else address)
 
 
-def last_words(error: BlockferryError) -> None:
-    """Say on stderr why we end, as `start` reads it."""
-    kind = type(error).__name__
-    told = {"kind": kind, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
-    print(json.dumps(told), file=sys.stderr)  # noqa: T201  # who started us shows it
+def run_apart(serve: Callable[[], None]) -> int:
+    """Be the process that `start` has started, away from any terminal; return the exit code.
+
+    Why it ends is said on stderr as `start` reads it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        serve()
+    except BlockferryError as error:
+        kind = type(error).__name__
+        told = {"kind": kind, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+        print(json.dumps(told), file=sys.stderr)  # noqa: T201  # who started us shows it
+        return error.exit_code
+    return 0
 
 
 # -- the line between them ---------------------------------------------------------------------------------------------

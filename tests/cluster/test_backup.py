@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 
 import cluster_load
 from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing
+from cluster_support import running_redis
 from commands_support import Depot
 from conftest import Attach
 
@@ -32,8 +34,12 @@ def volume(tmp_path: Path, attach: Attach) -> str:
 
 @pytest.fixture
 def hosts(request: pytest.FixtureRequest, tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
-    with sharing(getattr(request, "param", 2), tmp_path, volume, f"sqlite://{tmp_path / 'index.sqlite'}") as made:
-        yield made
+    """Hosts that share an index: one alone in a file, several in a Redis."""
+    with contextlib.ExitStack() as running:
+        index = f"sqlite://{tmp_path / 'index.sqlite'}"
+        if request.param > 1:
+            index = running.enter_context(running_redis()).reference
+        yield running.enter_context(sharing(request.param, tmp_path, volume, index))
 
 
 def instant_of(depot: Depot, snapshot: str) -> int:

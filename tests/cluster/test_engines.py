@@ -18,6 +18,7 @@ import pytest
 import cluster_load
 from cluster.test_backup import instant_of, writes_of
 from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
+from cluster_support import running_redis
 from commands_support import Depot, command, new_depot
 from conftest import Attach
 
@@ -35,7 +36,7 @@ def volume(tmp_path: Path, attach: Attach) -> str:
 
 @pytest.fixture
 def hosts(tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
-    with sharing(2, tmp_path, volume, f"sqlite://{tmp_path / 'index.sqlite'}") as made:
+    with running_redis() as redis, sharing(2, tmp_path, volume, redis.reference) as made:
         yield made
 
 

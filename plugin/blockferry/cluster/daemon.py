@@ -24,7 +24,7 @@ from blockferry.cluster.index import LogIndex
 from blockferry.cluster.log import make_room
 from blockferry.cluster.member import Member
 from blockferry.cluster.write_back import WriteBack
-from blockferry.errors import BlockferryError, NotNowError, UsageError
+from blockferry.errors import NotNowError, UsageError
 from blockferry.hot import disk
 from blockferry.inuse import holders_and_mounts
 from blockferry.manager import log_index_named, plugin_manager
@@ -198,16 +198,6 @@ def _guarding(request: Request, index: LogIndex) -> Iterator[Guarding]:
             member.stop()
 
 
-def _main() -> int:
-    """Do what standard input says, away from any terminal; say what went wrong on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        serve(Request(**json.loads(sys.stdin.readline())))
-    except BlockferryError as error:
-        service.last_words(error)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    # The working directory stays: a repository, or the file with its password, may be named from there.
+    sys.exit(service.run_apart(lambda: serve(Request(**json.loads(sys.stdin.readline())))))

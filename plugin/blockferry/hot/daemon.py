@@ -316,17 +316,6 @@ def _cache(
     return opened
 
 
-def _main() -> int:
-    """Do what standard input says, away from any terminal; say what went wrong on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        # The working directory stays: a repository, or the file with its password, may be named from there.
-        serve(Request(**json.loads(sys.stdin.readline())))
-    except BlockferryError as error:
-        service.last_words(error)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    # The working directory stays: a repository, or the file with its password, may be named from there.
+    sys.exit(service.run_apart(lambda: serve(Request(**json.loads(sys.stdin.readline())))))

@@ -285,17 +285,6 @@ def _answer(tracking: Tracking, question: dict[str, Any]) -> service.Answer:
     raise service.DeclinedError("not a question that this version knows")
 
 
-def _main() -> int:
-    """Track the device that the first argument names, away from any terminal; say what went wrong on stderr."""
-    os.chdir("/")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        serve(sys.argv[1])
-    except BlockferryError as error:
-        service.last_words(error)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    os.chdir("/")
+    sys.exit(service.run_apart(lambda: serve(sys.argv[1])))
