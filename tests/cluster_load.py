@@ -95,7 +95,11 @@ def check(image: bytes, before: bytes, writes: Sequence[Write], instant: int) ->
             before[block * BLOCK : (block + 1) * BLOCK]
         ]
         expected += [content(each, block) for each in may_be.get(block, ())]
-        assert found in expected, (block, struct.unpack_from("<QQ", found), was.get(block), may_be.get(block))
+        if found not in expected:
+            number = struct.unpack_from("<Q", found)[0]
+            (culprit,) = [write for write in writes if write.number == number] or [None]
+            (wanted,) = [write for write in writes if [write.number] == was.get(block)] or [None]
+            raise AssertionError((block, culprit, wanted, may_be.get(block), instant))
     return len(may_be)
 
 
