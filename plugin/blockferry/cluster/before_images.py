@@ -21,7 +21,7 @@ import numpy as np
 from blockferry.cluster.index import LogIndex
 from blockferry.cluster.log import LogWriter
 from blockferry.cluster.shared_device import SharedDevice
-from blockferry.errors import BlockferryError
+from blockferry.errors import BlockferryError, EpochClosedError
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,11 @@ class BeforeImages:
 
     def _log(self, batch: _Batch) -> None:
         numbers = np.array(batch.numbers, np.int64)
-        won = np.flatnonzero(self._index.claim(self._claims, self._host, numbers))
+        try:
+            won = np.flatnonzero(self._index.claim(self._claims, self._host, numbers))
+        except EpochClosedError:
+            # The copy is done. Had the index forgotten the epoch instead, the coordinator would not find our claims.
+            won = np.empty(0, np.int64)
         if won.size:
             self._writer.append(numbers[won], [batch.images[number] for number in won.tolist()])
             self.bytes_logged += int(won.size) * self._chunk

@@ -94,9 +94,10 @@ class Coordinator:
     def seal(self) -> None:
         """Have all hosts stop logging."""
         self.check()
+        # First: hosts stop one after the other, and what one overwrites then must not be logged by another.
+        self._index.close_claims(words.claims_of(self.epoch.id))
         self._tell(Stage.SEAL)
         self._wait_for(Report.SEALED, _PATIENCE_TO_SEAL)
-        self._index.close_claims(words.claims_of(self.epoch.id))
 
     def gather(self, path: Path, advance: Callable[[int], None]) -> LogLayer:
         """Take the logs of all hosts, and return them edited to one, in a new file.
