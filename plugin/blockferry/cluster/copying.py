@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +49,8 @@ def cut(used: ExtentSet, count: int, unit: int, size: int) -> list[ExtentSet]:
     Each begins and ends where chunks of `unit` bytes do. There are fewer where there is little in use.
     """
     chunks = used.align(unit, size)
+    if not chunks:
+        return []
     edges = np.linspace(0, chunks.total, count + 1)[1:-1]
     before = np.concatenate([[0], np.cumsum(chunks.ends - chunks.starts)])
     row = np.searchsorted(before, edges, side="right") - 1
@@ -84,5 +85,6 @@ def copy_into(repository: Repository, job: Job, advance: Advance, check: Callabl
 
 def job_for(share: ExtentSet, record: Record, reference: str) -> Job:
     """Return the job of copying a share."""
-    plain = json.dumps(json.loads(record.to_json()))
-    return Job(record.volume, reference, plain, [(int(start), int(length)) for start, length in share])
+    return Job(
+        record.volume, reference, record.to_json().decode(), [(int(start), int(length)) for start, length in share]
+    )
