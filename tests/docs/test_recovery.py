@@ -238,8 +238,15 @@ def test_parts_are_put_over_what_they_lie_on(
     assert_restored(worn_device, image)
 
 
-@pytest.mark.parametrize("tool", ["borg", "restic"])
-@pytest.mark.parametrize("target_is", ["device", "new file"])
+@pytest.mark.parametrize(
+    ("tool", "target_is"),
+    [
+        ("borg", "device"),
+        ("restic", "new file"),
+        pytest.param("borg", "new file", marks=pytest.mark.thorough),
+        pytest.param("restic", "device", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_log_is_put_over_the_shares_of_its_set(
     tool: str, target_is: str, worn_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def reload(name: str, table: str) -> None:
     run("dmsetup", "resume", name)
 
 
+@pytest.mark.thorough
 def test_a_mapped_device_and_what_lies_below_it_are_tracked(disk: str, mapped: Path, track: list[Asked]) -> None:
     above, below = tracked(track, mapped), tracked(track, disk)
     since_above, since_below = above.checkpoint(), below.checkpoint()

@@ -13,7 +13,7 @@ import pytest
 from commands_support import Depot, blockferry, new_depot, run
 from conftest import Attach, Mount
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.thorough]
 
 SIZE = 96 << 20
 
@@ -33,7 +33,7 @@ def depot(tmp_path: Path) -> Depot:
     return made
 
 
-@pytest.fixture(params=["a device", pytest.param("a file", marks=pytest.mark.thorough)])
+@pytest.fixture(params=["a device", "a file"])
 def target(request: pytest.FixtureRequest, tmp_path: Path, attach: Attach) -> Path:
     path = tmp_path / "target.img"
     if request.param == "a file":
