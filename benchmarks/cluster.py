@@ -69,9 +69,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["copy", "foreground"], action="append", help="only this part")
     parser.add_argument("--size", type=float, default=1.5, metavar="GIB", help="the size of the volume")
     parser.add_argument("--rate", type=int, default=16, metavar="MIB", help="what a host reads in a second")
-    parser.add_argument(
-        "--seconds", type=int, default=40, help="how long fio writes to each place once; four times as long to any"
-    )
+    parser.add_argument("--seconds", type=int, default=40, help="how long fio writes to any place")
     parser.add_argument("--depth", type=int, default=32, help="how many writes fio has under way")
     options = parser.parse_args()
     report = measure.Report("cluster")
