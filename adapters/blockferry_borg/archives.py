@@ -42,8 +42,12 @@ def plain_volume(record: Record) -> str:
 
 
 def archive_name(record: Record) -> str:
-    """Return what the archive of a snapshot is called."""
-    return f"{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
+    """Return what the archive of a snapshot is called.
+
+    A share's name does not begin with the volume's: `borg prune --glob-archives 'VOLUME-*'` is to leave it alone.
+    """
+    prefix = "blockferry-share-" if record.share_of else ""
+    return f"{prefix}{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
 
 
 def comment_for(record: Record) -> str:

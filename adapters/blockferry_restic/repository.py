@@ -89,7 +89,7 @@ class ResticRepository:
         if "RESTIC_READ_CONCURRENCY" not in os.environ:
             options += ["--read-concurrency", _SEGMENTS_AT_ONCE]
         with (
-            mounted(tree, name=record.volume) as path,
+            mounted(tree, name=_series(record)) as path,
             self._restic.start("backup", *options, *parent, *_tagged(tags), ".", directory=str(path)) as running,
         ):
             tree.on_failure = running.interrupt
@@ -282,6 +282,14 @@ def _tags(record: Record, files: int) -> Iterator[str]:
     for name, value in values.items():
         if value:
             yield f"{name}={quote(value, safe='')}"
+
+
+def _series(record: Record) -> str:
+    """Return the name that ends up in the snapshot's path, by which `restic forget` tells series from each other.
+
+    A share is a series of its own: it stays as long as its set.
+    """
+    return f"{record.volume}-{record.snapshot}" if record.share_of else record.volume
 
 
 def _snapshot(entry: Entry) -> Snapshot | None:

@@ -20,7 +20,7 @@ from blockferry.errors import DamagedSnapshotError, UsageError
 from blockferry.extents import ExtentSet, overlaps
 from blockferry.layers import CutLayer, Layer, Stack
 from blockferry.repository import Base, Repository
-from blockferry.sets import refuse_share
+from blockferry.sets import refuse_share, without_shares
 from blockferry.shares import SharesLayer
 from blockferry.snapshot import Record, Snapshot
 
@@ -161,6 +161,24 @@ def needed(snapshots: Iterable[Snapshot], victims: Sequence[Snapshot]) -> list[S
         found += more
         lost |= {each.id for each in more}
     return found
+
+
+def broken(repository: Repository, snapshots: Sequence[Snapshot]) -> dict[str, str]:
+    """Return the snapshots that cannot be restored as somebody else's `prune` took what they need: id and reason.
+
+    Of a set the record is read, as no list has its shares.
+    """
+    there = {each.id for each in snapshots}
+    lost: dict[str, str] = {}
+    parts = [each for each in without_shares(snapshots) if each.part]
+    for each in parts:
+        needs = repository.describe(each)[0].shares if each.closing else [each.base]
+        gone = [name for name in needs or () if name not in there]
+        if gone:
+            lost[each.id] = f"needs {gone[0]}, which is gone"
+    while more := {each.id: each.base for each in parts if each.id not in lost and each.base in lost}:
+        lost |= {name: f"needs {base}, which cannot be restored" for name, base in more.items()}
+    return lost
 
 
 def delete(repository: Repository, victims: Sequence[Snapshot]) -> None:

@@ -24,13 +24,13 @@ from blockferry.cluster.stored import close_set, store_share
 from blockferry.difference import Choice
 from blockferry.errors import DamagedSnapshotError, SnapshotNotFoundError, UsageError
 from blockferry.extents import ExtentSet
-from blockferry.groups.retention import to_remove
 from blockferry.hookspecs import FreezeOptions
 from blockferry.joined import JoinedRepository
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.merge import apply_log, merge
 from blockferry.repository import Repository
 from blockferry.restore import restore
+from blockferry.retention import to_remove
 from blockferry.sets import incomplete, without_shares
 from blockferry.shares import SharesLayer
 from blockferry.snapshot import WHOLE, Record, Snapshot, find, new_snapshot_id

@@ -16,13 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from blockferry.backup import back_up
 from blockferry.blockmap import Kind
-from blockferry.chain import delete, needed, trace
+from blockferry.chain import broken, delete, needed, trace
 from blockferry.checkpoints import Checkpoints
 from blockferry.difference import Choice
 from blockferry.errors import DamagedSnapshotError, UsageError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import FreezeOptions
 from blockferry.merge import merge
+from blockferry.retention import carry_out, look_over
 from blockferry.sets import without_shares
 from blockferry.snapshot import SPARSE, WHOLE, Snapshot, Tier, now
 from sets_support import SharedVolume, common_record, make_set
@@ -62,10 +63,13 @@ class History(RuleBasedStateMachine):
         self.manager = self.disk.manager()
         self.repository = MemoryRepository(capabilities, UNIT)
         self.expected: dict[str, bytes] = {}
+        self.broken: set[str] = set()
+        self.gone: set[str] = set()
         self.counter = 0
 
     def listed(self) -> list[Snapshot]:
-        return without_shares(self.repository.snapshots())
+        """Return the snapshots that can be restored."""
+        return [each for each in without_shares(self.repository.snapshots()) if each.id not in self.broken]
 
     def teardown(self):
         if hasattr(self, "place"):
@@ -194,27 +198,57 @@ class History(RuleBasedStateMachine):
             for victim in victims:
                 del self.expected[victim.id]
         assert {each.id for each in self.listed()} == set(self.expected)
-        assert {each.share_of for each in self.repository.snapshots()} <= {None, *self.expected}
+        assert {each.share_of for each in self.repository.snapshots()} <= {
+            None,
+            *self.expected,
+            *self.broken,
+            *self.gone,
+        }
 
     @precondition(lambda self: getattr(self, "expected", None))
-    @rule(data=st.data())
-    def lose_one_to_somebody_elses_prune(self, data):
-        """A part whose base is gone is refused, and nothing is built on it."""
+    @rule(keep=st.integers(1, 3), remove_broken=st.booleans())
+    def prune(self, keep, remove_broken):
+        """The newest stay, and whatever they lie on, however many there are that are of no use any more."""
+        self.fresh(0)
+        newest = sorted(self.listed(), key=lambda each: (each.created, not each.part))[-keep:]
+        pruning = look_over(self.repository, self.disk.volume.name, {"keep_last": keep})
+        assert set(pruning.broken) == self.broken
+        gone = {each.id for each in carry_out(self.repository, pruning, remove_broken=remove_broken)}
+        assert not gone & {each.id for each in newest}
+        if remove_broken:
+            assert self.broken <= gone
+            self.broken.clear()
+        for name in gone & set(self.expected):
+            del self.expected[name]
+        assert {each.id for each in self.listed()} == set(self.expected)
+        for each in newest:
+            self.check(each)
+
+    @precondition(lambda self: getattr(self, "expected", None))
+    @rule(data=st.data(), cleaned_up=st.booleans())
+    def lose_one_to_somebody_elses_prune(self, data, cleaned_up):
+        """A part whose base is gone is refused and found, and nothing is built on it."""
         self.fresh(0)
         listed = self.repository.snapshots()
         victim = data.draw(st.sampled_from(listed))
-        lost = needed(listed, [victim])
+        lost = [each for each in needed(listed, [victim]) if each.id not in self.broken]
         self.repository.delete([victim])
         self.expected.pop(victim.id, None)
         for each in lost:
             with pytest.raises(DamagedSnapshotError, match="is gone"):
                 trace(self.repository, each)
-        self.repository.delete(lost)
+        self.broken.discard(victim.id)
+        self.gone.add(victim.id)
         for each in lost:
             del self.expected[each.id]
-        self.repository.delete(
-            [each for each in self.repository.snapshots() if each.share_of not in {None, *self.expected}]
-        )
+        self.broken |= {each.id for each in lost}
+        assert set(broken(self.repository, self.repository.snapshots())) == self.broken
+        if cleaned_up:
+            self.repository.delete([each for each in self.repository.snapshots() if each.id in self.broken])
+            self.broken.clear()
+            self.repository.delete(
+                [each for each in self.repository.snapshots() if each.share_of not in {None, *self.expected}]
+            )
 
     @precondition(lambda self: getattr(self, "expected", None))
     @rule(data=st.data())

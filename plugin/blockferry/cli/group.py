@@ -11,7 +11,6 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from blockferry.chain import delete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
@@ -21,14 +20,13 @@ from blockferry.groups.backup import GroupResult, back_up_groups
 from blockferry.groups.definition import Group
 from blockferry.groups.packing import own_pieces
 from blockferry.groups.place import Filesystem
-from blockferry.groups.retention import to_remove
 from blockferry.groups.schedule import due, last_runs, record_run
 from blockferry.groups.scope import Scope
 from blockferry.groups.table import BESIDE
 from blockferry.groups.walk import Walker
 from blockferry.manager import repository_named
 from blockferry.repository import Repository
-from blockferry.sets import without_shares
+from blockferry.retention import carry_out, look_over
 
 _MOST_SHOWN = 20
 
@@ -88,11 +86,8 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
 def _thin_out(group: Group, repository: Repository) -> None:
     """Remove the snapshots of a group that its rules do not keep; a failure costs space, not the backup."""
     try:
-        listed = without_shares(repository.snapshots())
-        old = to_remove([each for each in listed if each.volume == group.name], group.keep)
-        if old:
-            delete(repository, old)
-            log.info("%s: removed %s", group.name, ", ".join(each.id for each in old))
+        if group.keep and (gone := carry_out(repository, look_over(repository, group.name, group.keep))):
+            log.info("%s: removed %s", group.name, ", ".join(each.id for each in gone))
     except BlockferryError as error:
         log.warning("%s: old snapshots are still there: %s", group.name, error)
 

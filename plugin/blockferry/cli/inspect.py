@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 from rich.filesize import decimal
 
-from blockferry.chain import trace
+from blockferry.chain import broken, trace
 from blockferry.checkpoints import Checkpoints
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
@@ -87,6 +87,7 @@ def snapshots(
         left_over = incomplete(listed, now())
         shown = [*without_shares(listed), *(left_over if everything else [])]
         found = [each for each in listed if each in shown and volume in ("", each.volume)]
+        lost = broken(repository, listed)
         try:
             with context.catalog() as catalog:
                 figures = catalog.statistics(repository.reference)
@@ -100,11 +101,13 @@ def snapshots(
             stored = figures.get(each.id, {}).get("bytes_stored")
             grown = decimal(stored) if isinstance(stored, int) else "?"
             size = decimal(each.size)
-            rows.append((each.id, each.volume, each.created[:19], each.tier, _below(each), size, grown, each.archive))
+            below = f"broken: {lost[each.id]}" if each.id in lost else _below(each)
+            rows.append((each.id, each.volume, each.created[:19], each.tier, below, size, grown, each.archive))
         return Listing(columns, rows)
 
     told = [
-        dataclasses.asdict(each) | {"incomplete": each.share_of is not None, "run": figures.get(each.id)}
+        dataclasses.asdict(each)
+        | {"incomplete": each.share_of is not None, "broken": lost.get(each.id), "run": figures.get(each.id)}
         for each in found
     ]
     context.output.result({"version": 1, "snapshots": told}, listing)

@@ -38,6 +38,7 @@ COMMANDS = {
     "merge": "chains",
     "apply-log": "chains",
     "delete": "chains",
+    "prune": "prune",
     "track": "track",
     "guard": "guard",
     "cluster": "cluster",

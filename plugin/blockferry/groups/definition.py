@@ -12,8 +12,8 @@ from typing import Any
 from blockferry.config.section import Section, Where
 from blockferry.errors import DamagedSnapshotError, UsageError
 from blockferry.groups.patterns import Rules
+from blockferry.retention import KEEPS
 
-KEEPS = ("keep_last", "keep_hourly", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly")
 _KEYS = ("volume", "paths", "patterns", "exclude_if_present", "exclude_caches", "schedule", "repository", *KEEPS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
