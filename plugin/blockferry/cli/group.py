@@ -17,8 +17,10 @@ from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
+from blockferry.forecast import Forecast
 from blockferry.groups.backup import GroupResult, back_up_groups
 from blockferry.groups.definition import Group
+from blockferry.groups.forecast import forecast
 from blockferry.groups.packing import own_pieces
 from blockferry.groups.place import Filesystem
 from blockferry.groups.retention import to_remove
@@ -57,6 +59,12 @@ def back_up_one(context: Context, group: Group, reference: str | None, since: st
     (result,) = back_up(context, [group], reference, since)
     context.output.result(result.as_json(), lambda: _sentence(result))
     _complain([os.fsdecode(path) for path, _reason in result.problems])
+
+
+def foresee(context: Context, group: Group, reference: str | None, since: str) -> Forecast:
+    """Return what a backup of a group would do."""
+    with context.repository(reference or group.repository) as repository:
+        return forecast(context.manager, group, repository, since=since, progress=context.output)
 
 
 def back_up(context: Context, groups: Sequence[Group], reference: str | None, since: str) -> list[GroupResult]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from rich.filesize import decimal
@@ -16,9 +18,10 @@ from blockferry.cli.output import Listing
 from blockferry.difference import LATEST, Choice, find_difference
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.ladder import used_blocks
+from blockferry.picture import Shade, shades_of_chain, shades_of_map
 from blockferry.restore import describe_map
 from blockferry.sets import incomplete, without_shares
-from blockferry.snapshot import Snapshot, find, now
+from blockferry.snapshot import Record, Snapshot, find, now
 from blockferry.volume import Volume
 
 _MOST_SHARES = 8
@@ -123,16 +126,23 @@ def _below(snapshot: Snapshot) -> str:
 @click.argument("snapshot")
 @repository_option
 @log_repository_option
+@click.option(
+    "--map", "drawing", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its blocks there, as SVG."
+)
 @json_option
 @click.pass_obj
-def show(context: Context, snapshot: str, reference: str | None, log_reference: str | None) -> None:
+def show(
+    context: Context, snapshot: str, reference: str | None, log_reference: str | None, drawing: Path | None
+) -> None:
     """Show what is known of a SNAPSHOT: its volume, how it was made, and its blocks.
 
     \b
-    Example:
+    Examples:
       blockferry show latest --repo borg:/srv/borg
+      blockferry show latest --repo borg:/srv/borg --map blocks.svg
     """
     shares: list[str] = []
+    shades: list[Shade] | None = None
     with context.repository(reference, log_reference) as repository:
         listed = repository.snapshots()
         found = find(listed, snapshot)
@@ -141,11 +151,15 @@ def show(context: Context, snapshot: str, reference: str | None, log_reference: 
             traced = trace(repository, found, listed)
             chain = [link.snapshot.id for link in traced.states]
             shares = [link.snapshot.id for link in traced.shares]
+            shades = shades_of_chain(traced) if drawing else None
         except DamagedSnapshotError as error:
             chain, record = [found.id], dataclasses.replace(record, tier_reason=error.message)
     kinds = describe_map(block_map)
     data = dataclasses.asdict(record) | {"version": 1, "archive": found.archive, "bytes": kinds, "runs": len(block_map)}
     data["chain"] = chain
+    if drawing:
+        _draw(record, shades_of_map(block_map) if shades is None else shades, drawing)
+        data["map"] = str(drawing)
 
     def listing() -> Listing:
         reason = f": {record.tier_reason}" if record.tier_reason else ""
@@ -165,9 +179,28 @@ def show(context: Context, snapshot: str, reference: str | None, log_reference: 
             "lies on": ", ".join([*chain[1:], *_few(shares)]) or "nothing: it is whole",
             "trackers": ", ".join(sorted(record.checkpoints)) or "none",
         }
+        if drawing:
+            facts["map"] = str(drawing)
         return Listing(("", ""), list(facts.items()))
 
     context.output.result(data, listing)
+
+
+def _draw(record: Record, shades: Sequence[Shade], file: Path) -> None:
+    """Draw the blocks of a snapshot into a file, whole or not at all."""
+    from blockferry.cli.drawing import svg  # noqa: PLC0415  # few ask for it
+
+    of = "the packed image of the group " if record.group else ""
+    how = f"{record.tier.value} blocks, {record.stability.value}, {decimal(record.size)}"
+    drawn = svg(
+        record.size, shades, f"{of}{record.volume}", f"snapshot {record.snapshot}, {record.created[:19]}: {how}"
+    )
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(drawn, encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _few(shares: Sequence[str]) -> list[str]:
