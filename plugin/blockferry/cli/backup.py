@@ -11,6 +11,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry.backup import Result, back_up
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import Bar, log
 from blockferry.difference import LATEST, Choice
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("volume", metavar="VOLUME|GROUP", required=False)
+@click.argument("volume", metavar="VOLUME|GROUP", required=False, shell_complete=complete.volumes_and_groups)
 @repository_option
 @click.option("--due", is_flag=True, help="Back up the groups whose time has come by their schedules, as cron may ask.")
 @click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     "--since",
     metavar="SNAPSHOT",
     default=LATEST,
+    shell_complete=complete.since,
     help="List what changed since this snapshot; `latest` (the default), or `none` to read every block in use.",
 )
 @click.option("--incremental", is_flag=True, help="Store only what changed, as a part on top of that snapshot.")

@@ -12,6 +12,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry.chain import delete
+from blockferry.cli import completion as complete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
@@ -150,7 +151,7 @@ def _sentence(result: GroupResult) -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.groups)
 @click.option("--extents", is_flag=True, help="With --json: list the extents on the volume, [start, length] each.")
 @json_option
 @click.pass_obj

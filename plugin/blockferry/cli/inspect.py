@@ -13,6 +13,7 @@ from rich.filesize import decimal
 
 from blockferry.chain import trace
 from blockferry.checkpoints import Checkpoints
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.difference import LATEST, Choice, find_difference
@@ -28,7 +29,7 @@ _MOST_SHARES = 8
 
 
 @click.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @click.option("--extents/--no-extents", default=True, help="With --json: list the extents, or only their sum.")
 @json_option
 @click.pass_obj
@@ -123,7 +124,7 @@ def _below(snapshot: Snapshot) -> str:
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
 @click.option(
@@ -210,9 +211,15 @@ def _few(shares: Sequence[str]) -> list[str]:
 
 
 @click.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @repository_option
-@click.option("--since", metavar="SNAPSHOT", default=LATEST, help="The snapshot to start at; `latest` is the default.")
+@click.option(
+    "--since",
+    metavar="SNAPSHOT",
+    default=LATEST,
+    shell_complete=complete.snapshots,
+    help="The snapshot to start at; `latest` is the default.",
+)
 @click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
 @click.option("--tracker", default="", metavar="NAME", help="Ask only this tracker.")
 @json_option
