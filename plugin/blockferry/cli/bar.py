@@ -16,7 +16,9 @@ from blockferry.picture import Shade, cells
 
 _UNWATCHED_WIDTH = 80
 _ROWS = 8
-_LEAST_CELLS = 20
+_LEAST_CELLS = 8
+_MARGIN = 12
+"""What the place takes at which a row begins: the longest is `1,000.0 kB`."""
 _LEVELS = 2
 
 
@@ -45,13 +47,12 @@ def print_bar(bar: Bar) -> None:
 
 def lines(size: int, shades: Sequence[Shade], width: int, marks: Marks) -> list[Text]:
     """Return the lines: rows of cells, each with the place at which it begins, and what the characters mean."""
-    margin = len(decimal(size)) + 2
-    columns = max(_LEAST_CELLS, width - margin)
+    columns = max(_LEAST_CELLS, width - _MARGIN)
     shown = cells(size, shades, columns * _ROWS, _LEVELS)
     count = shown.shades.size
     rows = []
     for first in range(0, count, columns):
-        row = Text(f"{decimal(size * first // count):>{margin - 2}}  ")
+        row = Text(f"{decimal(size * first // count):>{_MARGIN - 2}}  ")
         numbers, levels = shown.shades[first : first + columns], shown.levels[first : first + columns]
         for (number, level), alike in itertools.groupby(zip(numbers.tolist(), levels.tolist(), strict=True)):
             kind = shades[number].kind if number >= 0 else ""
