@@ -13,7 +13,6 @@ from blockferry.extents import ExtentSet
 from blockferry.forecast import Forecast
 from blockferry.groups.backup import GroupPlan, Job, find_earlier
 from blockferry.groups.definition import Group
-from blockferry.groups.packing import own_pieces
 from blockferry.groups.place import Filesystem
 from blockferry.groups.scope import Scope
 from blockferry.groups.table import BESIDE
@@ -65,7 +64,7 @@ def forecast(
 
 def _shades(planned: GroupPlan, used: ExtentSet) -> list[Shade]:
     """Return where on the volume the group's files are, which of that is read, and what else is in use."""
-    read, mine = _on_disk(planned.packed.runs), _on_disk(own_pieces(planned.walked)[1])
+    read, mine = _on_disk(planned.packed.runs), _on_disk(planned.packed.table.extents)
     return [
         Shade("changed", "of the group: is read", read),
         Shade("group", "of the group, as before", mine.difference(read)),
@@ -74,6 +73,6 @@ def _shades(planned: GroupPlan, used: ExtentSet) -> list[Shade]:
 
 
 def _on_disk(pieces: npt.NDArray[np.void]) -> ExtentSet:
-    """Return the places on the volume of pieces of files, or of runs."""
+    """Return the places on the volume of extents of files, or of runs."""
     there = pieces[pieces["address"] != BESIDE]
     return ExtentSet.from_ranges(there["address"], there["address"] + there["length"])
