@@ -27,6 +27,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory in place of the root: with a state directory, and services that only say what they did."""
     for name in ("root", "mnt", "srv/backup", "bin", "state"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.yaml").touch()
     stub = tmp_path / "bin" / "systemctl"
     stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/systemctl.log\n')
     stub.chmod(0o755)
@@ -75,6 +76,23 @@ def ext4(path: Path, files: Path, size: str = "64M") -> Path:
     run("truncate", "-s", size, path)
     run("mke2fs", "-q", "-F", "-t", "ext4", "-d", files, path)
     return path
+
+
+def test_the_quick_start(host: Path, files: Path, attach: Attach) -> None:
+    (host / "root" / "borg-passphrase").write_text("secret")
+    target = host / "back.img"
+    places = {
+        "/dev/vg0/home": attach(ext4(host / "disk.img", files)),
+        "/dev/vg0/home-restored": target,
+        "/srv/backup/borg": host / "srv" / "backup" / "borg",
+        "/root/": f"{host}/root/",
+    }
+    assert "in use: is read" in do("quickstart.md", host, places)
+    run("e2fsck", "-fn", target)
+
+
+def test_the_quick_start_fits_a_screen() -> None:
+    assert len((DOCS / "quickstart.md").read_text().splitlines()) <= 60
 
 
 def test_one_disk(host: Path, files: Path, attach: Attach, mount: Callable[..., Path]) -> None:
