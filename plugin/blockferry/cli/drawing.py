@@ -6,13 +6,16 @@ Names come out of a repository, and are untrusted: what XML cannot carry is repl
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.filesize import decimal
 
 from blockferry.picture import Cells, Shade, cells
+from blockferry.snapshot import Record
 
 _COLUMNS = 128
 _MOST_CELLS = 16384
@@ -39,6 +42,21 @@ path{fill:none;stroke-width:1}
 """
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def draw(record: Record, shades: Sequence[Shade], file: Path) -> None:
+    """Draw the blocks of a snapshot into a file, whole or not at all."""
+    of = "the packed image of the group " if record.group else ""
+    how = f"{record.tier.value} blocks, {record.stability.value}, {decimal(record.size)}"
+    drawn = svg(
+        record.size, shades, f"{of}{record.volume}", f"snapshot {record.snapshot}, {record.created[:19]}: {how}"
+    )
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(drawn, encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def svg(size: int, shades: Sequence[Shade], title: str, subtitle: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from blockferry.ladder import used_blocks
 from blockferry.picture import Shade, shades_of_chain, shades_of_map
 from blockferry.restore import describe_map
 from blockferry.sets import incomplete, without_shares
-from blockferry.snapshot import Record, Snapshot, find, now
+from blockferry.snapshot import Snapshot, find, now
 from blockferry.volume import Volume
 
 _MOST_SHARES = 8
@@ -159,7 +158,9 @@ def show(
     data = dataclasses.asdict(record) | {"version": 1, "archive": found.archive, "bytes": kinds, "runs": len(block_map)}
     data["chain"] = chain
     if drawing:
-        _draw(record, shades_of_map(block_map) if shades is None else shades, drawing)
+        from blockferry.cli.drawing import draw  # noqa: PLC0415  # few ask for it
+
+        draw(record, shades_of_map(block_map) if shades is None else shades, drawing)
         data["map"] = str(drawing)
 
     def listing() -> Listing:
@@ -185,23 +186,6 @@ def show(
         return Listing(("", ""), list(facts.items()))
 
     context.output.result(data, listing)
-
-
-def _draw(record: Record, shades: Sequence[Shade], file: Path) -> None:
-    """Draw the blocks of a snapshot into a file, whole or not at all."""
-    from blockferry.cli.drawing import svg  # noqa: PLC0415  # few ask for it
-
-    of = "the packed image of the group " if record.group else ""
-    how = f"{record.tier.value} blocks, {record.stability.value}, {decimal(record.size)}"
-    drawn = svg(
-        record.size, shades, f"{of}{record.volume}", f"snapshot {record.snapshot}, {record.created[:19]}: {how}"
-    )
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(drawn, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _few(shares: Sequence[str]) -> list[str]:
