@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
 
 from blockferry.catalog import Catalog
+from blockferry.cli.main import cli
 from blockferry.snapshot import Snapshot
 from commands_support import blockferry
 from sets_support import common_record
@@ -20,7 +23,7 @@ PACKAGING = Path(__file__).parents[2] / "packaging" / "completion"
 
 
 @pytest.fixture
-def env(tmp_path: Path) -> dict[str, str]:
+def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A host with two volumes, a group, two snapshots, and a repository that nobody can open."""
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -35,16 +38,20 @@ def env(tmp_path: Path) -> dict[str, str]:
         record = common_record(4096, 4096, snapshot=name, created=created)
         catalog.add("borg:/nowhere", Snapshot.of(record, name), record, {})
     catalog.close()
-    return {"BLOCKFERRY_CONFIG": str(config), "BLOCKFERRY_STATE_DIR": str(state)}
+    variables = {"BLOCKFERRY_CONFIG": str(config), "BLOCKFERRY_STATE_DIR": str(state)}
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    return variables
 
 
-def completed(line: str, env: dict[str, str], shell: str = "bash") -> list[str]:
-    """Return what is offered behind a line, by what click tells the script of the shell."""
-    words = line.split(" ")
-    asked = {"_BLOCKFERRY_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    return blockferry(env=env | asked).out.split()
+def completed(line: str) -> list[str]:
+    """Return the names that are offered behind a line."""
+    *words, incomplete = line.split(" ")[1:]
+    found = ShellComplete(cli, {}, "blockferry", "_BLOCKFERRY_COMPLETE").get_completions(words, incomplete)
+    return [each.value for each in found if each.type == "plain"]
 
 
+@pytest.mark.usefixtures("env")
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -57,15 +64,15 @@ def completed(line: str, env: dict[str, str], shell: str = "bash") -> list[str]:
         ("blockferry backup home --since ", ["none", "latest", "ab02", "aa01"]),
     ],
 )
-def test_commands_and_names_are_offered(line: str, offered: list[str], env: dict[str, str]) -> None:
-    found = [word.removeprefix("plain,") for word in completed(line, env) if word.startswith("plain,")]
-    assert found == offered
+def test_commands_and_names_are_offered(line: str, offered: list[str]) -> None:
+    assert completed(line) == offered
 
 
-def test_a_configuration_that_is_named_is_the_one_that_counts(env: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("env")
+def test_a_configuration_that_is_named_is_the_one_that_counts(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("groups: {mail: {volume: /srv}}")
-    assert completed(f"blockferry --config {other} group ", env) == ["plain,mail"]
+    assert completed(f"blockferry --config {other} group ") == ["mail"]
 
 
 def test_where_there_is_nothing_to_read_nothing_is_offered_and_nothing_said(
@@ -73,17 +80,18 @@ def test_where_there_is_nothing_to_read_nothing_is_offered_and_nothing_said(
 ) -> None:
     (tmp_path / "config.yaml").write_text("groups: [this is no")
     (tmp_path / "state" / "catalog.sqlite").write_text("no database")
-    for line in ("blockferry group ", "blockferry restore a"):
-        words = {"_BLOCKFERRY_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": "2"}
-        done = blockferry(env=env | words)
-        assert (done.out.strip(), done.err) == ("", "")
+    assert completed("blockferry restore a") == []
+    words = {"_BLOCKFERRY_COMPLETE": "bash_complete", "COMP_WORDS": "blockferry group ", "COMP_CWORD": "2"}
+    done = blockferry(env=env | words)
+    assert (done.out.strip(), done.err) == ("", "")
 
 
 @pytest.mark.parametrize(
     ("shell", "file"), [("bash", "blockferry"), ("zsh", "_blockferry"), ("fish", "blockferry.fish")]
 )
 def test_the_command_prints_what_is_shipped(shell: str, file: str) -> None:
-    assert blockferry("completion", shell).out == (PACKAGING / file).read_text()
+    printed = CliRunner().invoke(cli, ["completion", shell]).output
+    assert printed == (PACKAGING / file).read_text()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
+import socket
 import struct
 import subprocess
 import termios
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from blockferry.extents import ExtentSet
+from blockferry.manager import plugin_manager, repository_named
 from changes_support import filesystem as host_filesystem
 from commands_support import blockferry, command, new_depot, run
 from groups_disks_support import filesystem
+from sets_support import SharedVolume, common_record, make_set
 
 FORETOLD = (
     "volume",
@@ -194,3 +199,19 @@ def test_the_map_of_a_snapshot_is_a_drawing_that_stands_for_itself(
         assert said in words
     assert f"in snapshot {shown['base']}" in words
     assert [path.name for path in out.parent.iterdir()] == ["map.svg"]
+
+
+def test_the_map_of_a_set_says_which_host_read_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depot, size = new_depot("borg", tmp_path / "repository"), 1 << 20
+    for name, text in depot.env.items():
+        monkeypatch.setenv(name, text)
+    with contextlib.closing(repository_named(plugin_manager(), depot.reference)) as repository:
+        used = ExtentSet.from_pairs([(0, size // 2)])
+        record = common_record(size, repository.unit(size))
+        writes = {1: [(0, b"x" * 1000)]}
+        made = make_set(repository, SharedVolume(os.urandom(size)), used, [used], writes, record)
+    out = tmp_path / "map.svg"
+    depot.ferry("show", made.snapshot.id, "--map", out)
+    words = "\n".join(each.text or "" for each in ET.parse(out).iter("{http://www.w3.org/2000/svg}text"))
+    assert "overwritten meanwhile: in the log: 65.5 kB" in words
+    assert f"read by {socket.gethostname()}: 458.8 kB" in words

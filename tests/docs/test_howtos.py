@@ -113,6 +113,7 @@ def test_one_disk(host: Path, files: Path, attach: Attach, mount: Callable[..., 
     assert (host / "root" / "data.svg").exists()
 
 
+@pytest.mark.thorough
 def test_a_host_of_virtual_machines(host: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESTIC_PASSWORD", "secret")
     with filesystem("xfs", host / "store") as store:
@@ -147,6 +148,7 @@ def test_a_database_directory(host: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (host / "systemctl.log").read_text().split() == ["stop", "postgresql", "start", "postgresql"] * 2
 
 
+@pytest.mark.thorough
 def test_bare_metal(host: Path, files: Path, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, disk = host / "srv" / "backup" / "borg", host / "disk.img"
     (host / "root" / "borg-passphrase").write_text("secret")
