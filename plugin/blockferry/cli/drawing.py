@@ -38,7 +38,8 @@ path{fill:none;stroke-width:1}
 .other3{stroke:#c2a500}.other4{stroke:#2aa7c9}.other5{stroke:#a03c8c}.other6{stroke:#7f7f7f}
 .l1{stroke-opacity:.4}.l2{stroke-opacity:.6}.l3{stroke-opacity:.8}
 @media (prefers-color-scheme:dark){text{fill:#e6e6e6}.ground{fill:#161616}.unused{fill:#303030}
-.changed{stroke:#ff6b7d}.used,.other1{stroke:#6ea4e6}.group,.other2{stroke:#4fc878}.other3{stroke:#e8cf3a}}
+.changed{stroke:#ff6b7d}.used,.other1{stroke:#6ea4e6}.group,.other2{stroke:#4fc878}.other3{stroke:#e8cf3a}
+.other5{stroke:#d06abf}.other6{stroke:#a8a8a8}}
 """
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
