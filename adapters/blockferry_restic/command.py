@@ -53,7 +53,7 @@ class Restic:
     def start(self, *arguments: str, directory: str | None = None) -> Running:
         """Start restic with `arguments`, in `directory`; it dies with the thread that calls this."""
         # Never as subprocess's own `cwd`: the directory may be served by this very process (blockferry/fuse.py).
-        chdir = [find("env", "coreutils"), f"--chdir={directory}"] if directory else []
+        chdir = [find("env"), f"--chdir={directory}"] if directory else []
         return Running([*_bound_to_us(), *chdir, binary(), *arguments], self.location)
 
     def each(self, *arguments: str) -> Iterator[Any]:
@@ -265,7 +265,7 @@ def _appears(point: Path, process: subprocess.Popen[bytes]) -> bool:
 
 def _bound_to_us() -> list[str]:
     """Return the words before a command that make the kernel kill it when the thread that starts it dies."""
-    return [find("setpriv", "util-linux"), "--pdeathsig", "KILL"]
+    return [find("setpriv"), "--pdeathsig", "KILL"]
 
 
 def _spawn(command: Sequence[str], location: Location, *, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:

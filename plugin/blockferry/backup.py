@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,25 +17,16 @@ import pluggy
 
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.checkpoints import Begun, Checkpoints
-from blockferry.difference import Choice, Difference, compare_sample, distrusted, find_difference, reusable
+from blockferry.difference import Choice, Difference, compare_sample, distrusted
 from blockferry.errors import BaseUnusableError, DamagedSnapshotError
 from blockferry.freeze import hold_still
 from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
-from blockferry.ladder import used_blocks
 from blockferry.layers import CheckedLayer, CutLayer, FileLayer
 from blockferry.progress import Progress
-from blockferry.repository import Base, Repository, plan
-from blockferry.snapshot import (
-    Record,
-    Snapshot,
-    Stability,
-    Stored,
-    Tier,
-    new_snapshot_id,
-    now,
-    zeros_are_content,
-)
+from blockferry.repository import Repository, plan
+from blockferry.snapshot import Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 from blockferry.state import exclusive
+from blockferry.survey import Plan, survey
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -77,18 +68,6 @@ class Result:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be stored: which step of the ladder that is, and why it is not a better one."""
-
-    tier: Tier
-    reason: str
-    block_map: BlockMap
-    bases: Sequence[Base] = ()
-    difference: Difference | None = None
-    part: bool = False
-
-
 def back_up(
     manager: pluggy.PluginManager,
     volume: Volume,
@@ -112,47 +91,22 @@ def back_up(
         checkpoints.begun(volume, snapshot, created, repository, choice.tracker) as begun,
         hold_still(manager, volume, freeze) as frozen,
     ):
-        log.info("%s: %s by %s", volume.path, frozen.stability.value, frozen.method)
-        used, tier, reason = used_blocks(manager, frozen.volume)
-        log.info("%s: %d bytes in use, says %s", volume.path, used.extents.total, used.method)
-        difference, why = find_difference(manager, checkpoints, repository, volume, frozen.volume, choice)
-        log.info("%s: %s", volume.path, difference.changed.method if difference else why)
-        all_used = BlockMap.build(frozen.volume.size, data=used.extents)
-        everything = Plan(tier, _joined(why, *begun.reasons, reason), all_used)
-        record = _describe(snapshot, created, volume, frozen, used, begun, repository)
+        found = survey(manager, checkpoints, repository, volume, frozen, choice, begun.reasons)
+        record = _describe(snapshot, created, volume, frozen, found.used, begun, repository)
         with frozen.volume.open_data() as disk:
-            run = _Run(frozen, disk, used, repository, record, progress)
+            run = _Run(frozen, disk, found.used, repository, record, progress)
             try:
-                chosen = everything
-                if difference:
-                    chosen = _take_over(difference, used, reason, repository, part=choice.incremental)
-                with distrusted(checkpoints, volume, difference.tracker if difference else ""):
+                chosen = found.choose(repository, choice)
+                with distrusted(checkpoints, volume, chosen.difference.tracker if chosen.difference else ""):
                     stored, record, compared = run.store(chosen, choice.sample)
             except (BaseUnusableError, DamagedSnapshotError) as error:
                 log.warning("%s; reading every block in use", error.message)
-                everything = dataclasses.replace(everything, reason=_joined(error.message, reason))
-                stored, record, compared = run.store(everything, choice.sample)
+                stored, record, compared = run.store(found.everything(error.message), choice.sample)
             read = disk.bytes_read
     seconds = time.monotonic() - began
     result = Result(stored.snapshot, record, read, compared, stored.bytes_stored, seconds)
     manager.hook.blockferry_snapshot_stored(snapshot=stored.snapshot, record=record, statistics=result.as_json())
     return result
-
-
-def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository: Repository, *, part: bool) -> Plan:
-    """Return what to store of what changed: a part, or a whole image that takes the rest over from earlier ones.
-
-    Raise BaseUnusableError if the repository cannot do that.
-    """
-    block_map = difference.block_map(used.extents, zeros_are_content=zeros_are_content(used.method))
-    bases: list[Base] = []
-    if part and "merge" in repository.capabilities:
-        bases = difference.chain.bases(block_map.extents(Kind.SAME))
-    if not part and block_map.extents(Kind.SAME):
-        block_map, bases = reusable(difference.chain, block_map, used.extents, repository)
-        if not bases:
-            raise BaseUnusableError("nothing can be taken over from an earlier snapshot in this repository")
-    return Plan(Tier.CHANGED, _joined(difference.remark, reason), block_map, bases, difference, part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +210,3 @@ def _describe(
         checkpoints=begun.states,
         blockferry=importlib.metadata.version("blockferry"),
     )
-
-
-def _joined(*reasons: str) -> str:
-    """Return the reasons that there are, each once."""
-    return "; ".join(dict.fromkeys(filter(None, reasons)))

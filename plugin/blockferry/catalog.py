@@ -35,6 +35,9 @@ CREATE TABLE IF NOT EXISTS snapshots (
 ) STRICT
 """
 
+_MOST_NAMED = 200
+"""Snapshots that are offered where one is to be chosen."""
+
 
 class Catalog:
     """The catalog of this host. One connection a command; SQLite's own locks keep commands apart."""
@@ -84,6 +87,13 @@ class Catalog:
         with self._named_errors():
             rows = self.connection.execute("SELECT id, statistics FROM snapshots WHERE repository = ?", (repository,))
             return {identifier: json.loads(statistics) for identifier, statistics in rows}
+
+    def newest(self) -> list[tuple[str, str]]:
+        """Return the ids of the newest snapshots of all repositories, and of each its volume and when it was made."""
+        query = "SELECT id, volume, created FROM snapshots ORDER BY created DESC LIMIT ?"
+        with self._named_errors():
+            rows = self.connection.execute(query, (_MOST_NAMED,))
+            return [(identifier, f"{volume}, {created[:16]}") for identifier, volume, created in rows]
 
     def rebuild(self, repository: Repository) -> tuple[int, list[str]]:
         """Make the repository's part of the catalog again; return how many snapshots, and what could not be read."""

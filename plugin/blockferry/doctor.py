@@ -10,7 +10,7 @@ from typing import Any
 
 import pluggy
 
-from blockferry.programs import look_for
+from blockferry.programs import look_for, package_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,42 +29,41 @@ class Finding:
 
 
 _PROGRAMS = (
-    # name, how it says its version, what for, packages of Debian / Fedora / Arch
-    ("borg", "--version", "borg repositories", "borgbackup"),
-    ("restic", "version", "restic repositories (0.18 or later)", "restic"),
-    ("blkid", "--version", "what a volume holds", "util-linux"),
-    ("wipefs", "--version", "restoring to devices", "util-linux"),
-    ("setpriv", "--version", "restic ending when blockferry does", "util-linux"),
-    ("sfdisk", "--version", "disks and images with partitions", "fdisk / util-linux / util-linux"),
-    ("fusermount3", "--version", "feeding restic", "fuse3"),
-    ("udevadm", "--version", "devices that restore themselves", "udev / systemd-udev / systemd"),
-    ("lvs", "--version", "freezing and tracking logical volumes", "lvm2"),
-    (
-        "thin_delta",
-        "--version",
-        "tracking thin volumes and dm-era",
-        "thin-provisioning-tools / device-mapper-persistent-data",
-    ),
-    ("bpftrace", "--version", "tracking any block device", "bpftrace"),
-    ("qemu-img", "--version", "disks of running virtual machines", "qemu-utils / qemu-img"),
-    ("nbdfuse", "--version", "disks of running virtual machines", "libnbd-bin / libnbd"),
-    ("nbdkit", "--version", "serving a restore to other hosts", "nbdkit"),
+    # name, how it says its version, what for
+    ("borg", "--version", "borg repositories"),
+    ("restic", "version", "restic repositories (0.18 or later)"),
+    ("blkid", "--version", "what a volume holds"),
+    ("wipefs", "--version", "restoring to devices"),
+    ("setpriv", "--version", "restic ending when blockferry does"),
+    ("sfdisk", "--version", "disks and images with partitions"),
+    ("fusermount3", "--version", "feeding restic"),
+    ("losetup", "--version", "hot restore"),
+    ("udevadm", "--version", "devices that restore themselves"),
+    ("systemctl", "--version", "backups and restores that begin by themselves"),
+    ("lvs", "--version", "freezing and tracking logical volumes"),
+    ("dmsetup", "--version", "tracking device-mapper volumes"),
+    ("thin_delta", "--version", "tracking thin volumes and dm-era"),
+    ("bpftrace", "--version", "tracking any block device"),
+    ("qemu-img", "--version", "disks of running virtual machines"),
+    ("nbdfuse", "--version", "disks of running virtual machines"),
+    ("nbdinfo", "--version", "disks of running virtual machines"),
+    ("nbdkit", "--version", "serving a restore to other hosts"),
 )
 
 
 def examine(manager: pluggy.PluginManager) -> list[Finding]:
     """Look for every program, kernel feature and plugin; needed are blkid and one of borg and restic."""
-    found = {name: _version(name, option) for name, option, _purpose, _packages in _PROGRAMS}
+    found = {name: _version(name, option) for name, option, _purpose in _PROGRAMS}
     no_tool = not (found["borg"] or found["restic"])
     programs = [
         Finding(
             name,
             found[name],
             purpose,
-            f"install the package {packages}",
+            f"install the package {package_of(name)}",
             needed=name == "blkid" or (name in {"borg", "restic"} and no_tool),
         )
-        for name, _option, purpose, packages in _PROGRAMS
+        for name, _option, purpose in _PROGRAMS
     ]
     fuse = "/dev/fuse" if os.access("/dev/fuse", os.R_OK | os.W_OK) else ""
     root = "yes" if os.geteuid() == 0 else ""

@@ -211,7 +211,7 @@ def _is_mounted(point: Path) -> bool:
 
 def _fusermount() -> str:
     """Return the program that mounts and unmounts, for root as for others; ToolMissingError without it."""
-    return find("fusermount3", "fuse3")
+    return find("fusermount3")
 
 
 def _serve(tree: Tree, point: Path, *, shared: bool = False) -> threading.Thread:

@@ -322,7 +322,7 @@ def _signatures(path: str) -> list[str]:
 
     `blkid` answers nothing at all where it finds several that contradict each other.
     """
-    command = [find("wipefs", "util-linux"), "--no-act", "--noheadings", "--output", "TYPE", "--", path]
+    command = [find("wipefs"), "--no-act", "--noheadings", "--output", "TYPE", "--", path]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise TargetError(f"{path}: cannot be looked at: {done.stderr.strip()}")

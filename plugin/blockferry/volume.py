@@ -178,7 +178,7 @@ def file_size(path: str) -> int:
 def probe(path: str, *, offset: int = 0, size: int = 0) -> dict[str, str]:
     """Return what `blkid -p` finds at a place of a file or device: TYPE, UUID, PTTYPE, PART_ENTRY_UUID and more."""
     where = [f"--offset={offset}", f"--size={size}"] if size else []
-    command = [find("blkid", "util-linux"), "--probe", "--output", "export", *where, "--", path]
+    command = [find("blkid"), "--probe", "--output", "export", *where, "--", path]
     done = subprocess.run(
         command, capture_output=True, pass_fds=descriptors_behind(path), stdin=subprocess.DEVNULL, check=False
     )

@@ -44,8 +44,12 @@ def test_a_running_machines_disk_comes_back(depot: Depot, machine, guest, tmp_pa
     shutil.copyfile(guest, state)
     run("debugfs", "-w", "-R", "rm file-7", guest)
     machine.write(20 << 20, os.urandom(1 << 20))
+    before = machine.leftovers()
+    foretold = depot.ferry("backup", machine.name, "--name", "vm", "--dry-run", "--json").json()
+    assert machine.leftovers() == before
     again = depot.ferry("backup", machine.name, "--name", "vm", "--json").json()
     assert (again["tier"], again["tracker"]) == ("changed", "QEMU dirty bitmap")
+    assert foretold["bytes_changed"] == again["bytes_changed"]
     assert again["bytes_changed"] < stored["bytes_used"] / 2
     assert machine.leftovers() == [f"blockferry-{again['snapshot']}"]
     for snapshot, expected in ((stored["snapshot"], state), (again["snapshot"], guest)):

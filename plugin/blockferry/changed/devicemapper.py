@@ -28,7 +28,7 @@ from blockferry.freeze import CannotHoldError
 from blockferry.freeze.lvm import lvs_report, remove_volume, run_lvm
 from blockferry.hookspecs import Checkpoint, Declined
 from blockferry.inuse import Numbers, device_name
-from blockferry.programs import look_for
+from blockferry.programs import look_for, package_of
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _dmsetup(command: str, device: Numbers, *words: str) -> str:
     """Run a command of dmsetup on a device; return what it prints."""
     numbers = ["--major", str(device[0]), "--minor", str(device[1])]
     done = subprocess.run(
-        [_program("dmsetup", "dmsetup"), command, *numbers, *words],
+        [_program("dmsetup"), command, *numbers, *words],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -157,10 +157,10 @@ def _dmsetup(command: str, device: Numbers, *words: str) -> str:
     return done.stdout
 
 
-def _program(name: str, package: str) -> str:
+def _program(name: str) -> str:
     found = look_for(name)
     if found is None:
-        raise CannotTrackError(f"{name} is not installed (it comes with {package})")
+        raise CannotTrackError(f"{name} is not installed (it comes with {package_of(name)})")
     return found
 
 
@@ -186,9 +186,7 @@ def _sysfs(device: Numbers, entry: str) -> Path:
 
 def tool_version(name: str) -> tuple[int, ...]:
     """Return the version of one of the thin-provisioning-tools."""
-    done = subprocess.run(
-        [_program(name, "thin-provisioning-tools"), "-V"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([_program(name), "-V"], capture_output=True, text=True, check=False)
     match = re.search(r"(\d+)\.(\d+)\.(\d+)", done.stdout)
     if not match:
         raise CannotTrackError(f"{name} does not tell its version")
@@ -197,7 +195,7 @@ def tool_version(name: str) -> tuple[int, ...]:
 
 def elements(name: str, *arguments: str) -> Elements:
     """Run one of the thin-provisioning-tools; return the elements of the XML that it prints, as it prints them."""
-    return parse_xml(_output(_program(name, "thin-provisioning-tools"), *arguments))
+    return parse_xml(_output(_program(name), *arguments))
 
 
 def parse_xml(pieces: Iterable[bytes]) -> Elements:

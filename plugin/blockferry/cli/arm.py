@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from blockferry.chain import trace
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
@@ -32,7 +33,7 @@ _LONGEST_NAME = 64
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @click.argument("match")
 @repository_option
 @click.option("--name", default="", help="What to call the restore; else after the match.")

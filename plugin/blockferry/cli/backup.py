@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.filesize import decimal
 
 from blockferry.backup import Result, back_up
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
-from blockferry.cli.output import log
+from blockferry.cli.output import Bar, log
 from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError, UsageError
+from blockferry.forecast import Forecast, forecast
 from blockferry.hookspecs import FreezeOptions
 from blockferry.volume import Volume
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("volume", metavar="VOLUME|GROUP", required=False)
+@click.argument("volume", metavar="VOLUME|GROUP", required=False, shell_complete=complete.volumes_and_groups)
 @repository_option
 @click.option("--due", is_flag=True, help="Back up the groups whose time has come by their schedules, as cron may ask.")
 @click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     "--since",
     metavar="SNAPSHOT",
     default=LATEST,
+    shell_complete=complete.since,
     help="List what changed since this snapshot; `latest` (the default), or `none` to read every block in use.",
 )
 @click.option("--incremental", is_flag=True, help="Store only what changed, as a part on top of that snapshot.")
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compare so many pieces that did not change with the earlier snapshot.",
 )
+@click.option("--dry-run", is_flag=True, help="Store nothing: say what would be read, and why not less.")
+@click.option("--plan", "picture", is_flag=True, help="Like --dry-run, and show it as a picture of the volume.")
 @json_option
 @click.pass_obj
 def backup(
@@ -65,19 +70,24 @@ def backup(
     incremental: bool,
     tracker: str,
     sample: int,
+    dry_run: bool,
+    picture: bool,
 ) -> None:
     """Store VOLUME as one snapshot: the blocks in use, of which those are read that changed since an earlier one.
 
     GROUP is the name of a group of files in the configuration: its files are stored, read in the order of the disk.
 
     \b
-    Example:
+    Examples:
       blockferry backup /dev/vg/home --repo borg:ssh://nas/./volumes
+      blockferry backup /dev/vg/home --repo borg:ssh://nas/./volumes --plan
     """
+    dry_run = dry_run or picture
     if due:
-        if volume or reference:
+        if volume or reference or dry_run:
             raise UsageError(
-                "--due takes no volume or repository", remedy="The configuration says what is due, and where to."
+                "--due takes no volume, repository or --dry-run",
+                remedy="The configuration says what is due, and where to.",
             )
         _groups().back_up_due(context)
         return
@@ -85,6 +95,9 @@ def backup(
         raise UsageError("no volume or group was named", remedy="Name one, or say --due for the groups that are due.")
     only = {"--name": name, "--fsfreeze": fsfreeze, "--allow-live": allow_live, "--incremental": incremental}
     group = _named_group(context, volume, only | {"--tracker": tracker})
+    if group and dry_run:
+        _tell(context, _groups().foresee(context, group, reference, since), picture=picture)
+        return
     if group:
         _groups().back_up_one(context, group, reference, since)
         return
@@ -92,15 +105,14 @@ def backup(
     if configured:
         volume, name, reference = configured.path, name or volume, reference or configured.repository
     found = Volume.discover(volume, name)
+    freeze = FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live)
+    choice = Choice(since=since, tracker=tracker, incremental=incremental, sample=sample)
     with context.repository(reference) as repository:
-        result = back_up(
-            context.manager,
-            found,
-            repository,
-            freeze=FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live),
-            choice=Choice(since=since, tracker=tracker, incremental=incremental, sample=sample),
-            progress=context.output,
-        )
+        if dry_run:
+            foreseen = forecast(context.manager, found, repository, freeze=freeze, choice=choice)
+            _tell(context, foreseen, picture=picture)
+            return
+        result = back_up(context.manager, found, repository, freeze=freeze, choice=choice, progress=context.output)
         remember(context, repository.reference, result)
     context.output.result(result.as_json(), lambda: _sentence(result))
 
@@ -129,6 +141,37 @@ def _sentence(result: Result) -> str:
         lines.append(f"  {kind} snapshot {record.base}: {decimal(record.bytes_changed)}, by {record.tracker}")
     if record.tier_reason:
         lines.append(f"  {record.tier_reason}")
+    return "\n".join(lines)
+
+
+def _tell(context: Context, foreseen: Forecast, *, picture: bool) -> None:
+    """Say what a backup would do."""
+
+    def words() -> str | Bar:
+        told = _foreseen(foreseen.figures)
+        if picture and foreseen.shades:
+            return Bar(told, foreseen.size, foreseen.shades)
+        return f"{told}\n  no picture: it is not known where on a device that is" if picture else told
+
+    context.output.result(foreseen.as_json(), words)
+
+
+def _foreseen(figures: Mapping[str, Any]) -> str:
+    """Return what a backup would do, in words."""
+    what, of = ("the group ", "") if "group" in figures else ("", f" of {decimal(figures['bytes_volume'])}")
+    lines = [
+        (
+            f"a backup of {what}{figures['volume']} would read {decimal(figures['bytes_read'])}: "
+            f"{decimal(figures['bytes_used'])} in use{of}; nothing was stored"
+        ),
+        f"  {figures['tier']} blocks by {figures['method']}; {figures['stability']} by {figures['freeze']}",
+    ]
+    if figures["base"]:
+        kind = "a part on top of" if figures["part"] else "changes since"
+        by = f", by {figures['tracker']}" if figures["tracker"] else ""
+        lines.append(f"  {kind} snapshot {figures['base']}: {decimal(figures['bytes_changed'])}{by}")
+    if figures["tier_reason"]:
+        lines.append(f"  {figures['tier_reason']}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from rich.filesize import decimal
 
 from blockferry import chain as chains
 from blockferry import merge as road
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import log
 from blockferry.errors import BlockferryError
@@ -15,7 +16,7 @@ from blockferry.snapshot import find
 
 
 @click.command()
-@click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...")
+@click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
 @json_option
@@ -44,7 +45,7 @@ def merge(context: Context, snapshots: tuple[str, ...], reference: str | None, l
 
 
 @click.command(name="apply-log")
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
 @json_option
@@ -80,7 +81,7 @@ def _remember(context: Context, repository: Repository, done: road.Merged) -> No
 
 
 @click.command()
-@click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...")
+@click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
 @json_option

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
+from blockferry.cli import completion as complete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, index_option, json_option, repository_option
 from blockferry.cli.output import Listing
@@ -28,7 +29,7 @@ def cluster() -> None:
 
 
 @cluster.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @repository_option
 @index_option
 @click.option("--name", default="", help="What the guards call the volume; else the end of its path.")

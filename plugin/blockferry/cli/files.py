@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 from rich.filesize import decimal
 
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import log
 from blockferry.errors import PartialError, UsageError
@@ -30,7 +31,7 @@ _MOST_NAMED = 3
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
 @repository_option
 @click.option("--list", "only_list", is_flag=True, help="List the files.")

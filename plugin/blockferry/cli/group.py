@@ -11,13 +11,16 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
+from blockferry.cli import completion as complete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
+from blockferry.forecast import Forecast
 from blockferry.groups.backup import GroupResult, back_up_groups
 from blockferry.groups.definition import Group
+from blockferry.groups.forecast import forecast
 from blockferry.groups.packing import own_pieces
 from blockferry.groups.place import Filesystem
 from blockferry.groups.schedule import due, last_runs, record_run
@@ -55,6 +58,12 @@ def back_up_one(context: Context, group: Group, reference: str | None, since: st
     (result,) = back_up(context, [group], reference, since)
     context.output.result(result.as_json(), lambda: _sentence(result))
     _complain([os.fsdecode(path) for path, _reason in result.problems])
+
+
+def foresee(context: Context, group: Group, reference: str | None, since: str) -> Forecast:
+    """Return what a backup of a group would do."""
+    with context.repository(reference or group.repository) as repository:
+        return forecast(context.manager, group, repository, since=since, progress=context.output)
 
 
 def back_up(context: Context, groups: Sequence[Group], reference: str | None, since: str) -> list[GroupResult]:
@@ -137,7 +146,7 @@ def _sentence(result: GroupResult) -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.groups)
 @click.option("--extents", is_flag=True, help="With --json: list the extents on the volume, [start, length] each.")
 @json_option
 @click.pass_obj

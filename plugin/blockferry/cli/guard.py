@@ -12,6 +12,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry import service
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, index_option, json_option
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
@@ -28,7 +29,7 @@ def guard() -> None:
 
 
 @guard.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @index_option
 @click.option("--name", default="", help="What the volume is called, the same on all hosts; else the end of its path.")
 @click.option("--host", default="", help="What this host is called, as no other is; else its host name.")

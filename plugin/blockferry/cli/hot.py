@@ -14,6 +14,7 @@ import click
 from rich.filesize import decimal
 
 from blockferry import service
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
@@ -45,8 +46,8 @@ _parse_rate = functools.partial(parse_bytes, least=0)
 
 
 @click.command()
-@click.argument("snapshot")
-@click.argument("target", required=False)
+@click.argument("snapshot", shell_complete=complete.snapshots)
+@click.argument("target", required=False, shell_complete=complete.paths)
 @repository_option
 @log_repository_option
 @click.option("--buffer", metavar="DIR", help="Without a TARGET: keep what was read last in a file in DIR.")
@@ -139,7 +140,7 @@ def _refuse_places(target: str | None, buffer: str | None, size: int | None) -> 
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete.restores)
 @json_option
 @click.pass_obj
 def status(context: Context, name: str | None) -> None:
@@ -160,7 +161,7 @@ def status(context: Context, name: str | None) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.restores)
 @click.option("--force", is_flag=True, help="Although the disk is in use: what is not synced is lost.")
 @click.option("--forget", is_flag=True, help="Forget how far it was: it cannot be gone on with.")
 @json_option

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from rich.filesize import decimal
 
 from blockferry.chain import broken, trace
 from blockferry.checkpoints import Checkpoints
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.difference import LATEST, Choice, find_difference
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.ladder import used_blocks
+from blockferry.picture import Shade, shades_of_chain, shades_of_map
 from blockferry.restore import describe_map
 from blockferry.sets import incomplete, without_shares
 from blockferry.snapshot import Snapshot, find, now
@@ -25,7 +28,7 @@ _MOST_SHARES = 8
 
 
 @click.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @click.option("--extents/--no-extents", default=True, help="With --json: list the extents, or only their sum.")
 @json_option
 @click.pass_obj
@@ -123,19 +126,26 @@ def _below(snapshot: Snapshot) -> str:
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
+@click.option(
+    "--map", "drawing", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its blocks there, as SVG."
+)
 @json_option
 @click.pass_obj
-def show(context: Context, snapshot: str, reference: str | None, log_reference: str | None) -> None:
+def show(
+    context: Context, snapshot: str, reference: str | None, log_reference: str | None, drawing: Path | None
+) -> None:
     """Show what is known of a SNAPSHOT: its volume, how it was made, and its blocks.
 
     \b
-    Example:
+    Examples:
       blockferry show latest --repo borg:/srv/borg
+      blockferry show latest --repo borg:/srv/borg --map blocks.svg
     """
     shares: list[str] = []
+    shades: list[Shade] | None = None
     with context.repository(reference, log_reference) as repository:
         listed = repository.snapshots()
         found = find(listed, snapshot)
@@ -144,11 +154,17 @@ def show(context: Context, snapshot: str, reference: str | None, log_reference: 
             traced = trace(repository, found, listed)
             chain = [link.snapshot.id for link in traced.states]
             shares = [link.snapshot.id for link in traced.shares]
+            shades = shades_of_chain(traced) if drawing else None
         except DamagedSnapshotError as error:
             chain, record = [found.id], dataclasses.replace(record, tier_reason=error.message)
     kinds = describe_map(block_map)
     data = dataclasses.asdict(record) | {"version": 1, "archive": found.archive, "bytes": kinds, "runs": len(block_map)}
     data["chain"] = chain
+    if drawing:
+        from blockferry.cli.drawing import draw  # noqa: PLC0415  # few ask for it
+
+        draw(record, shades_of_map(block_map) if shades is None else shades, drawing)
+        data["map"] = str(drawing)
 
     def listing() -> Listing:
         reason = f": {record.tier_reason}" if record.tier_reason else ""
@@ -168,6 +184,8 @@ def show(context: Context, snapshot: str, reference: str | None, log_reference: 
             "lies on": ", ".join([*chain[1:], *_few(shares)]) or "nothing: it is whole",
             "trackers": ", ".join(sorted(record.checkpoints)) or "none",
         }
+        if drawing:
+            facts["map"] = str(drawing)
         return Listing(("", ""), list(facts.items()))
 
     context.output.result(data, listing)
@@ -180,9 +198,15 @@ def _few(shares: Sequence[str]) -> list[str]:
 
 
 @click.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @repository_option
-@click.option("--since", metavar="SNAPSHOT", default=LATEST, help="The snapshot to start at; `latest` is the default.")
+@click.option(
+    "--since",
+    metavar="SNAPSHOT",
+    default=LATEST,
+    shell_complete=complete.snapshots,
+    help="The snapshot to start at; `latest` is the default.",
+)
 @click.option("--name", default="", help="The volume's name in the repository; else the end of its path.")
 @click.option("--tracker", default="", metavar="NAME", help="Ask only this tracker.")
 @json_option

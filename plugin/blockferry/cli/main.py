@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from blockferry.cli.context import Context
+from blockferry.cli.examples import examples_last
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
 
@@ -45,6 +46,7 @@ COMMANDS = {
     "schedule": "schedule",
     "doctor": "admin",
     "catalog": "admin",
+    "completion": "completion",
 }
 """The commands, in the order of the help, and which module of this package each is in."""
 
@@ -60,10 +62,8 @@ class _Commands(click.Group):
         """Return a command, None if there is none of that name."""
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(
-            importlib.import_module(f"blockferry.cli.{COMMANDS[name]}"), name.replace("-", "_")
-        )
-        return command
+        module = importlib.import_module(f"blockferry.cli.{COMMANDS[name]}")
+        return examples_last(getattr(module, name.replace("-", "_")))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,9 +81,17 @@ def cli(context: click.Context, config: str | None, as_json: bool, log_json: boo
 
     A VOLUME is a block device or an image file. A SNAPSHOT is the id that `backup` printed, a unique prefix of it,
     or `latest`.
+
+    \b
+    Examples:
+      blockferry backup /dev/vg/home --repo borg:/srv/backup/borg
+      blockferry restore latest /dev/sdb --repo borg:/srv/backup/borg
     """
     output = Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose)
     context.obj = Context(output, config)
+
+
+examples_last(cli)
 
 
 class _TerminatedError(BaseException):

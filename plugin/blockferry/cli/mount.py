@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, repository_option
 from blockferry.errors import TargetError
 from blockferry.fuse import mounted_on
@@ -16,7 +17,7 @@ from blockferry.snapshot import find
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @click.argument("directory", type=click.Path(path_type=Path))
 @repository_option
 @click.pass_obj

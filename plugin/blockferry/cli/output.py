@@ -8,13 +8,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.filesize import decimal
 
 from blockferry.errors import BlockferryError
 from blockferry.repository import Advance
+
+if TYPE_CHECKING:
+    from blockferry.picture import Shade
 
 log = logging.getLogger("blockferry")
 
@@ -28,6 +31,14 @@ class Listing(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Bar(NamedTuple):
+    """Words for a person to read, and below them a volume of `size` bytes as a picture of characters."""
+
+    words: str
+    size: int
+    shades: Sequence[Shade]
+
+
 class Output:
     """How one command speaks: JSON or words, a progress bar or log lines. Implements `Progress`."""
 
@@ -38,7 +49,7 @@ class Output:
         self.verbosity = verbosity
         self._set_up_logging()
 
-    def result(self, data: object, render: Callable[[], str | Listing]) -> None:
+    def result(self, data: object, render: Callable[[], str | Listing | Bar]) -> None:
         """Print a result: `data` as JSON, or what `render` makes of it for a person."""
         if self.as_json:
             click.echo(json.dumps(data, indent=1, sort_keys=True))
@@ -46,6 +57,11 @@ class Output:
         shown = render()
         if isinstance(shown, str):
             click.echo(shown)
+        elif isinstance(shown, Bar):
+            from blockferry.cli.bar import print_bar  # noqa: PLC0415  # see terminal.py
+
+            click.echo(shown.words)
+            print_bar(shown)
         else:
             from blockferry.cli.terminal import print_table  # noqa: PLC0415  # see there
 

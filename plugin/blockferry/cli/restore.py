@@ -6,14 +6,15 @@ import click
 from rich.filesize import decimal
 
 from blockferry import restore as road
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.snapshot import find
 from blockferry.volume import Volume
 
 
 @click.command()
-@click.argument("snapshot")
-@click.argument("target")
+@click.argument("snapshot", shell_complete=complete.snapshots)
+@click.argument("target", shell_complete=complete.paths)
 @repository_option
 @log_repository_option
 @click.option("--delta", is_flag=True, help="Compare first, and write only the blocks that differ.")
@@ -52,10 +53,12 @@ def restore(
 
 
 @click.command()
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete.snapshots)
 @repository_option
 @log_repository_option
-@click.option("--against", metavar="VOLUME", help="Compare with this volume, byte for byte.")
+@click.option(
+    "--against", metavar="VOLUME", shell_complete=complete.paths, help="Compare with this volume, byte for byte."
+)
 @json_option
 @click.pass_obj
 def verify(

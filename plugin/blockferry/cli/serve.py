@@ -7,6 +7,7 @@ import os
 
 import click
 
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option
 from blockferry.errors import UsageError
 from blockferry.hot import attachment, client
@@ -14,7 +15,7 @@ from blockferry.hot.export import Wish, checked
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.restores)
 @click.option("--socket", "path", metavar="PATH", help="Listen at a Unix socket there; else at a private one of ours.")
 @click.option("--listen", metavar="HOST:PORT", help="Listen at an address of this host; port 0: any that is free.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 
 from blockferry.changed.bpf import daemon, protocol
 from blockferry.changed.bpf.device import numbers_of
+from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import Listing
 
@@ -20,7 +21,7 @@ def track() -> None:
 
 
 @track.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @click.option("--foreground", is_flag=True, help="Stay, until SIGTERM or `track stop`: for systemd.")
 @json_option
 @click.pass_obj
@@ -42,7 +43,7 @@ def start(context: Context, volume: str, foreground: bool) -> None:
 
 
 @track.command()
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete.paths)
 @json_option
 @click.pass_obj
 def stop(context: Context, volume: str) -> None:
@@ -57,7 +58,7 @@ def stop(context: Context, volume: str) -> None:
 
 
 @track.command()
-@click.argument("volume", required=False)
+@click.argument("volume", required=False, shell_complete=complete.paths)
 @json_option
 @click.pass_obj
 def status(context: Context, volume: str | None) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 from blockferry.errors import VolumeError
 from blockferry.freeze import CannotHoldError, entered
 from blockferry.hookspecs import Declined, FreezeOptions, Frozen, hookimpl
-from blockferry.programs import look_for
+from blockferry.programs import look_for, package_of
 from blockferry.snapshot import Stability
 from blockferry.volume import Volume
 
@@ -175,7 +175,7 @@ def run_lvm(program: str, *arguments: str) -> str:
     """Run a program of LVM; raise CannotHoldError, with its last words, if it fails."""
     found = look_for(program)
     if found is None:
-        raise CannotHoldError(f"{program} is not installed (it comes with lvm2)")
+        raise CannotHoldError(f"{program} is not installed (it comes with {package_of(program)})")
     done = subprocess.run([found, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise CannotHoldError(f"{program}: {' '.join(done.stderr.split())}")

@@ -104,7 +104,7 @@ def back_up_groups(
 @contextlib.contextmanager
 def _begin(
     manager: pluggy.PluginManager, group: Group, repository: Repository, since: str, progress: Progress
-) -> Iterator[tuple[_Job, tuple[Earlier | None, str]]]:
+) -> Iterator[tuple[Job, tuple[Earlier | None, str]]]:
     """Begin the backup of a group; give what it is to do, and what it goes on from, or why from nothing."""
     scope = Scope.of(group)
     filesystem = Filesystem.of(manager, scope.root)
@@ -116,12 +116,12 @@ def _begin(
         tracking.begun(snapshot, created, repository) as checkpoints,
     ):
         named = {"snapshot": snapshot, "created": created, "checkpoints": checkpoints}
-        job = _Job(group, repository, scope, filesystem, tracking, named, progress)
+        job = Job(group, repository, scope, filesystem, tracking, named, progress)
         yield job, find_earlier(repository, group, filesystem, since)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """What the backup of one group is to do."""
 
     group: Group
@@ -137,7 +137,7 @@ class _Job:
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
-    def planned(self, earlier: Earlier | None, reason: str) -> Iterator[_Plan]:
+    def planned(self, earlier: Earlier | None, reason: str) -> Iterator[GroupPlan]:
         """Walk the group, and plan its image; going on from an earlier snapshot, or not, and why not."""
         known = Known.of(earlier.table, earlier.began) if earlier else None
         with Walker(self.scope, self.filesystem.contents, known) as walker:
@@ -152,7 +152,7 @@ class _Job:
             unit = earlier.record.unit if earlier else self.repository.unit(int(walked.pieces["length"].sum()))
             size = earlier.record.size if earlier else 0
             packed = pack(walked, earlier.table if earlier else None, size, unit, unchanged)
-            yield _Plan(self, walker, walked, packed, self._record(packed, earlier, reason, unit), earlier)
+            yield GroupPlan(self, walker, walked, packed, self._record(packed, earlier, reason, unit), earlier)
 
     def _record(self, packed: Packed, earlier: Earlier | None, reason: str, unit: int) -> Record:
         """Return the record of the snapshot that is about to be stored."""
@@ -188,10 +188,10 @@ class _Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class GroupPlan:
     """A group that was walked, and whose image is planned."""
 
-    job: _Job
+    job: Job
     walker: Walker
     walked: Walked
     packed: Packed
@@ -223,7 +223,7 @@ class _Plan:
 
 
 @contextlib.contextmanager
-def _disk(planned: Sequence[_Plan]) -> Iterator[Layer | None]:
+def _disk(planned: Sequence[GroupPlan]) -> Iterator[Layer | None]:
     """Open the device; what several groups have is read by way of the page cache, and so once."""
     volume = planned[0].job.filesystem.volume
     if volume is None:

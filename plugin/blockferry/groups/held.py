@@ -139,7 +139,7 @@ def mounted_read_only(volume: Held, point: Path) -> Iterator[None]:
     """Mount a held volume on a directory, without its journal; afterwards nothing shows it any more, or TargetError."""
     with _shown(volume) as device:
         kind = "ext4" if volume.volume.filesystem in EXT else volume.volume.filesystem
-        command = [find("mount", "mount"), "-i", "-t", kind, "-o", _OPTIONS[kind], "--", device, os.fspath(point)]
+        command = [find("mount"), "-i", "-t", kind, "-o", _OPTIONS[kind], "--", device, os.fspath(point)]
         try:
             done = _run(command)
             if done.returncode:
@@ -172,7 +172,7 @@ def _shown(volume: Held) -> Iterator[str]:
 
 def _unmount(point: Path) -> None:
     """Unmount what is on a directory, if anything: whoever looks at every mount may have it open for a moment."""
-    _await(lambda: not point.is_mount() or not _run([find("umount", "mount"), "--", os.fspath(point)]).returncode)
+    _await(lambda: not point.is_mount() or not _run([find("umount"), "--", os.fspath(point)]).returncode)
 
 
 def _await(done: Callable[[], bool]) -> None:

@@ -149,4 +149,4 @@ def _is_read(directory: Path) -> bool:
 
 
 def _systemctl(*words: str) -> None:
-    systemd.run(find("systemctl", "systemd"), *words)
+    systemd.run(find("systemctl"), *words)

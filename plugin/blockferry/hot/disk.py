@@ -123,7 +123,7 @@ def loop_device(path: Path, record: Path, *, block_size: int, read_only: bool) -
 
 def attach_loop(path: Path, *, block_size: int, read_only: bool) -> str:
     """Return a new loop device on a file, with its partitions."""
-    losetup = find("losetup", "mount")
+    losetup = find("losetup")
     command = [losetup, "--find", "--show", "--partscan", f"--sector-size={block_size}"]
     if read_only:
         command.append("--read-only")
@@ -149,7 +149,7 @@ def detach_stale(record: Path) -> None:
         device, sequence = json.loads(record.read_text())
         if _sequence(device) == sequence:
             log.info("%s: detaching what a process that died has left", device)
-            subprocess.run([find("losetup", "mount"), "--detach", device], capture_output=True, check=False)
+            subprocess.run([find("losetup"), "--detach", device], capture_output=True, check=False)
     record.unlink(missing_ok=True)
 
 
@@ -165,7 +165,7 @@ def mount(device: str, directory: str) -> str:
     """Mount a device; return why that cannot be, else ""."""
     if os.path.ismount(directory):
         return f"{directory}: something is mounted there already"
-    command = [find("mount", "mount"), "--", device, directory]
+    command = [find("mount"), "--", device, directory]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     return f"it cannot be mounted: {done.stderr.strip()}" if done.returncode else ""
 
@@ -176,7 +176,7 @@ def unmount(device: str, directory: str) -> None:
     numbers = (os.major(facts.st_rdev), os.minor(facts.st_rdev))
     deadline = time.monotonic() + _PATIENCE
     while any((each.point, each.device) == (directory, numbers) for each in all_mounts()):
-        done = subprocess.run([find("umount", "mount"), "--", directory], capture_output=True, text=True, check=False)
+        done = subprocess.run([find("umount"), "--", directory], capture_output=True, text=True, check=False)
         if done.returncode and time.monotonic() > deadline:
             log.warning("%s: stays mounted: %s", directory, done.stderr.strip())
             return
@@ -190,7 +190,7 @@ def detach_loops(path: Path) -> None:
     while (loops := loops_of(os.fspath(path))) and time.monotonic() < deadline:
         for loop in loops:
             name = device_name(loop.device)
-            subprocess.run([find("losetup", "mount"), "--detach", name], capture_output=True, check=False)
+            subprocess.run([find("losetup"), "--detach", name], capture_output=True, check=False)
         time.sleep(0.02)
 
 

@@ -159,7 +159,7 @@ class Export:
         """Start nbdkit, and wait until it has read its options."""
         scratch.unlink(missing_ok=True)
         command = [
-            find("nbdkit", "nbdkit"),
+            find("nbdkit"),
             "--exit-with-parent",  # for the moment until the shell is there
             f"--pidfile={scratch}",
             *([] if self.wish.writable else ["--readonly"]),

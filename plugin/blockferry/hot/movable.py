@@ -121,7 +121,7 @@ def _table(size: int, device: str) -> str:
 
 def _dmsetup(*words: str, check: bool = True) -> None:
     done = subprocess.run(
-        [find("dmsetup", "dmsetup"), *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        [find("dmsetup"), *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )
     if check and done.returncode:
         raise BlockferryError(

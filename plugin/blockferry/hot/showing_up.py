@@ -88,7 +88,7 @@ def _noted(match: Match) -> Iterator[None]:
 def _begin_by_systemd(armed: Armed) -> dict[str, Any]:
     """Have systemd start the unit; the unit itself notes why it fails."""
     unit = udev.UNIT_FILE.replace("@", f"@{armed.match}")
-    command = [find("systemctl", "systemd"), "start", unit]
+    command = [find("systemctl"), "start", unit]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     with contextlib.suppress(service.NobodyThereError):
         return client.ask(armed.name, {"do": "status"})

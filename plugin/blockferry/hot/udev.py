@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from blockferry import systemd
 from blockferry.errors import ToolMissingError
 from blockferry.hot.arming import KINDS, VALUE_CHARACTERS, Match
-from blockferry.programs import find
+from blockferry.programs import find, package_of
 
 if TYPE_CHECKING:
     import pyudev
@@ -108,9 +108,9 @@ def install(root: Path | None) -> list[Path]:
     written = [systemd.write((root or Path("/")) / place, content) for place, content in contents.items()]
     if root is None:
         if udevd_runs():
-            systemd.run(find("udevadm", "udev"), "control", "--reload")
+            systemd.run(find("udevadm"), "control", "--reload")
         if systemd.runs():
-            systemd.run(find("systemctl", "systemd"), "daemon-reload")
+            systemd.run(find("systemctl"), "daemon-reload")
     return written
 
 
@@ -145,7 +145,9 @@ def context() -> pyudev.Context:
     try:
         return pyudev.Context()
     except ImportError:
-        raise ToolMissingError("libudev is not installed", remedy="Install the package libudev1.") from None
+        raise ToolMissingError(
+            "libudev is not installed", remedy=f"Install the package {package_of('libudev')}."
+        ) from None
 
 
 def devices_of(match: Match) -> list[pyudev.Device]:

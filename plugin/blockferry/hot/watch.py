@@ -20,6 +20,7 @@ from blockferry.errors import BlockferryError, ToolMissingError
 from blockferry.hot import arming, client, udev
 from blockferry.hot.arming import Armed, Match
 from blockferry.hot.showing_up import begin, may_pass
+from blockferry.programs import package_of
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def watch(*, once: bool) -> Iterator[list[dict[str, Any]]]:
     context = udev.context()
     if not udev.udevd_runs():
         raise ToolMissingError(
-            "udevd does not run: nobody says which devices show up", remedy="Install the package udev, and start it."
+            "udevd does not run: nobody says which devices show up",
+            remedy=f"Install the package {package_of('udevadm')}, and start udevd.",
         )
     monitor = pyudev.Monitor.from_netlink(context, "udev")
     monitor.filter_by("block")

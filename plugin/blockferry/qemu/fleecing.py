@@ -77,7 +77,7 @@ class Scratch:
     def unmount(self) -> None:
         """Unmount the disk if it is mounted: lazily, for a reader may hang in it. nbdfuse ends with its mount."""
         if self.mounted():
-            command = [find("fusermount3", "fuse3"), "-u", "-z", str(self.disk)]
+            command = [find("fusermount3"), "-u", "-z", str(self.disk)]
             subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
 
     def remove(self) -> None:
@@ -111,7 +111,7 @@ def scratch(size: int, owner: tuple[int, int]) -> Iterator[Scratch]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         made.disk.touch(0o600)
         made.nbd.parent.mkdir(0o700)
-        command = [find("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", str(made.overlay), str(size)]
+        command = [find("qemu-img"), "create", "-q", "-f", "qcow2", str(made.overlay), str(size)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise VolumeError(f"{made.overlay}: {done.stderr.strip()}", remedy="Is there room in TMPDIR, or /var/tmp?")

@@ -43,7 +43,7 @@ def blockferry_freeze(volume: Volume) -> AbstractContextManager[Frozen] | None:
 
 @contextlib.contextmanager
 def _held(volume: Volume, disk: DiskName) -> Iterator[Frozen]:
-    nbdfuse = find("nbdfuse", "libnbd-bin")
+    nbdfuse = find("nbdfuse")
     fleecing.remove_stale_scratch()
     if fleecing.end(disk.socket):
         log.warning("%s: removed what a crashed backup left", disk.socket)

@@ -131,7 +131,7 @@ def _copy(monitor: Monitor, disk: DiskName, name: str) -> Iterator[None]:
 
 def _dirty(uri: str, size: int) -> ExtentSet:
     """Return the dirty runs of the exported bitmap; VolumeError if nbdinfo does not tell of every byte."""
-    command = [find("nbdinfo", "libnbd-bin"), f"--map=qemu:dirty-bitmap:{CHANGED}", uri]
+    command = [find("nbdinfo"), f"--map=qemu:dirty-bitmap:{CHANGED}", uri]
     environment = {**os.environ, "LC_ALL": "C"}
     pairs, end = [], 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment) as process:

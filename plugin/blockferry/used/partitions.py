@@ -125,7 +125,7 @@ def _check_places(partitions: list[Partition], sector: int, size: int) -> None:
 def _ask_sfdisk(path: str) -> dict[str, Any]:
     """Return what sfdisk says of the partition table; raise TableError if it finds none that it can read."""
     done = subprocess.run(
-        [find("sfdisk", "fdisk (Debian) or util-linux"), "--json", "--", path],
+        [find("sfdisk"), "--json", "--", path],
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,

@@ -157,7 +157,7 @@ def _mapping(disk: Path) -> str:
 
 
 def _table(numbers: Numbers) -> str:
-    command = [find("dmsetup", "dmsetup"), "table", "--major", str(numbers[0]), "--minor", str(numbers[1])]
+    command = [find("dmsetup"), "table", "--major", str(numbers[0]), "--minor", str(numbers[1])]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C"}
     )

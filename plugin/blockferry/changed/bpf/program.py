@@ -117,8 +117,8 @@ class Generation:
         keys = str(self.keys)
         process = subprocess.Popen(
             [
-                *(find("bpftrace", "bpftrace"), "-k", "-f", "json"),
-                *("-c", find("cat", "coreutils"), "-e", source(self.device)),
+                *(find("bpftrace"), "-k", "-f", "json"),
+                *("-c", find("cat"), "-e", source(self.device)),
             ],
             # The limit's name before bpftrace 0.21, and since.
             env=os.environ | {"LC_ALL": "C", "BPFTRACE_MAP_KEYS_MAX": keys, "BPFTRACE_MAX_MAP_KEYS": keys},
@@ -210,7 +210,7 @@ def source(device: Device) -> str:
 
 def require() -> None:
     """Raise BlockferryError unless bpftrace and what it takes of the system are there."""
-    find("bpftrace", "bpftrace")
+    find("bpftrace")
     if not any((Path(place) / "events" / "block").exists() for place in _TRACEFS):
         raise ToolMissingError(
             "bpftrace needs the kernel's tracefs, which is not mounted",
