@@ -47,6 +47,8 @@ class Result:
 
     snapshot: Snapshot
     record: Record
+    repository: str
+    """The reference, without credentials."""
     bytes_read: int
     bytes_compared: int
     """How much of what was said not to have changed was compared with the earlier snapshot."""
@@ -59,6 +61,7 @@ class Result:
             "version": 1,
             "snapshot": self.snapshot.id,
             "archive": self.snapshot.archive,
+            "repository": self.repository,
             "volume": self.record.volume,
             "tier": self.record.tier.value,
             "tier_reason": self.record.tier_reason,
@@ -134,7 +137,7 @@ def back_up(
                 stored, record, compared = run.store(everything, choice.sample)
             read = disk.bytes_read
     seconds = time.monotonic() - began
-    result = Result(stored.snapshot, record, read, compared, stored.bytes_stored, seconds)
+    result = Result(stored.snapshot, record, repository.reference, read, compared, stored.bytes_stored, seconds)
     manager.hook.blockferry_snapshot_stored(snapshot=stored.snapshot, record=record, statistics=result.as_json())
     return result
 

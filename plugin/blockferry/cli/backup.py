@@ -16,7 +16,7 @@ from blockferry.cli.output import log
 from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.hookspecs import FreezeOptions
-from blockferry.volume import Volume
+from blockferry.volume import Volume, default_name
 
 if TYPE_CHECKING:
     from blockferry.cluster.backup import SharedResult
@@ -91,11 +91,10 @@ def backup(
     configured = None if "/" in volume else context.configuration.volumes.get(volume)
     if configured:
         volume, name, reference = configured.path, name or volume, reference or configured.repository
-    found = Volume.discover(volume, name)
-    with context.repository(reference) as repository:
+    with context.backing_up(name or default_name(volume), reference) as repository:
         result = back_up(
             context.manager,
-            found,
+            Volume.discover(volume, name),
             repository,
             freeze=FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live),
             choice=Choice(since=since, tracker=tracker, incremental=incremental, sample=sample),

@@ -63,11 +63,12 @@ def backup(
     Example:
       blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup
     """
-    found = Volume.discover(volume, name or default_name(volume))
-    copying.PATHS[found.name] = found.path
+    named = name or default_name(volume)
     with contextlib.ExitStack() as opened:
-        repository = opened.enter_context(context.repository(reference))
-        logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
+        logs = opened.enter_context(context.backing_up(named, log_repo or reference))
+        repository = opened.enter_context(context.repository(reference)) if log_repo else logs
+        found = Volume.discover(volume, named)
+        copying.PATHS[found.name] = found.path
         shared_index = opened.enter_context(contextlib.closing(log_index_named(context.manager, index)))
         chosen = opened.enter_context(_engine(engine, processes, found.name))
         result = back_up_shared(

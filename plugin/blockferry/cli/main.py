@@ -83,6 +83,8 @@ def cli(context: click.Context, config: str | None, as_json: bool, log_json: boo
     """
     output = Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose)
     context.obj = Context(output, config)
+    if config:
+        os.environ["BLOCKFERRY_CONFIG"] = os.path.abspath(config)  # noqa: PTH100  # also for processes that stay
 
 
 class _TerminatedError(BaseException):

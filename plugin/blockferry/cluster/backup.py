@@ -47,6 +47,8 @@ class SharedResult:
 
     snapshot: Snapshot
     record: Record
+    repository: str
+    """The reference of that with the log, without credentials."""
     hosts: tuple[str, ...]
     shares: int
     bytes_logged: int
@@ -61,6 +63,7 @@ class SharedResult:
             "version": 1,
             "snapshot": self.snapshot.id,
             "archive": self.snapshot.archive,
+            "repository": self.repository,
             "volume": self.record.volume,
             "tier": self.record.tier.value,
             "tier_reason": self.record.tier_reason,
@@ -115,6 +118,7 @@ def back_up_shared(
     result = SharedResult(
         closing.snapshot,
         record,
+        logs.reference,
         coordinator.epoch.hosts,
         len(stored),
         logged.extents.total,

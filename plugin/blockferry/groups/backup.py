@@ -92,13 +92,17 @@ def back_up_groups(
         disk = held.enter_context(_disk(planned))
         for (job, (earlier, _reason)), each in zip(begun, planned, strict=True):
             try:
-                yield each.store(disk)
+                done = each.store(disk)
             except (BaseUnusableError, DamagedSnapshotError) as error:
                 if earlier is None:
                     raise
                 log.warning("%s; reading every file", error.message)
                 with job.planned(None, error.message) as whole, _disk([whole]) as own:
-                    yield whole.store(own)
+                    done = whole.store(own)
+            manager.hook.blockferry_snapshot_stored(
+                snapshot=done.result.snapshot, record=done.result.record, statistics=done.as_json()
+            )
+            yield done
 
 
 @contextlib.contextmanager
@@ -217,7 +221,8 @@ class _Plan:
             stored = job.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
         remember_table(stored.snapshot, sealed[0])
         seconds = time.monotonic() - job.started
-        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
+        where = job.repository.reference
+        result = Result(stored.snapshot, record, where, image.bytes_read, 0, stored.bytes_stored, seconds)
         problems = (*job.scope.missing(), *self.walked.problems, *look.problems)
         return GroupResult(result, len(packed.table), problems)
 
