@@ -60,7 +60,7 @@ class Context:
 
     @contextlib.contextmanager
     def backing_up(self, volume: str, reference: str | None) -> Iterator[Repository]:
-        """Open a repository as `repository` does, for the backup of a volume of that name; plugins learn if it fails."""
+        """Open a repository as `repository` does, for the backup of that volume; plugins learn if it fails."""
         where = mask(self.reference(reference))
         try:
             with self.repository(reference) as repository:
