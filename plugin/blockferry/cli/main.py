@@ -42,6 +42,7 @@ COMMANDS = {
     "guard": "guard",
     "cluster": "cluster",
     "schedule": "schedule",
+    "systemd": "systemd",
     "doctor": "admin",
     "catalog": "admin",
 }
