@@ -36,6 +36,7 @@ from blockferry.snapshot import (
     zeros_are_content,
 )
 from blockferry.state import exclusive
+from blockferry.systemd import journal
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def back_up(
     began = time.monotonic()
     checkpoints = Checkpoints(manager)
     snapshot, created = new_snapshot_id(), now()
+    journal.about(volume=volume.name, snapshot=snapshot)
     with (
         exclusive(volume),
         # Before the freeze: what is written between the two counts as changed at the next backup.

@@ -21,14 +21,14 @@ from conftest import Attach
 MIB = 1 << 20
 
 
-@pytest.fixture
-def depot(tmp_path: Path) -> Depot:
-    return new_depot("restic", tmp_path / "repository")
+@pytest.fixture(scope="module")
+def depot(tmp_path_factory: pytest.TempPathFactory) -> Depot:
+    return new_depot("restic", tmp_path_factory.mktemp("depot") / "repository")
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "vm.img"
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "vm.img"
     run("truncate", "-s", "32M", path)
     run("mke2fs", "-q", "-F", "-t", "ext4", path)
     return path

@@ -20,6 +20,7 @@ from blockferry.joined import repository_with_log
 from blockferry.manager import mask, plugin_manager, tell
 from blockferry.repository import Repository
 from blockferry.state import state_directory
+from blockferry.systemd import journal
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -61,6 +62,7 @@ class Context:
     @contextlib.contextmanager
     def backing_up(self, volume: str, reference: str | None) -> Iterator[Repository]:
         """Open a repository as `repository` does, for the backup of that volume; plugins learn if it fails."""
+        journal.about(volume=volume)
         where = mask(self.reference(reference))
         try:
             with self.repository(reference) as repository:

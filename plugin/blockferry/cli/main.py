@@ -14,6 +14,7 @@ import click
 from blockferry.cli.context import Context
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
+from blockferry.service import notify_systemd
 
 COMMANDS = {
     "used": "inspect",
@@ -144,4 +145,5 @@ def _told(error: BaseException) -> tuple[BlockferryError, int]:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
+    notify_systemd("STOPPING=1")
     raise _TerminatedError(number)

@@ -42,6 +42,7 @@ from blockferry.repository import Base, Repository, plan
 from blockferry.sets import without_shares
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
 from blockferry.state import locked
+from blockferry.systemd import journal
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class _Plan:
     def store(self, disk: Layer | None) -> GroupResult:
         """Store the group, of which `disk` has the content that has an address."""
         job, record, packed = self.job, self.record, self.packed
+        journal.about(volume=record.volume, snapshot=record.snapshot)
         look = SecondLook(job.scope.root, self.walker, self.walked, packed)
         sealed: list[bytearray] = []
 

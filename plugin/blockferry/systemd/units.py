@@ -60,13 +60,12 @@ def install(root: Path | None, config: str, *, borgmatic: bool) -> list[Path]:
     """
     # Another machine, or a package, has the command where systemd looks for it.
     command = "blockferry" if root else systemd.quoted(systemd.own_command())
+    variables = own_environment(config)
+    state = systemd.quoted(os.path.abspath(os.environ.get("BLOCKFERRY_STATE_DIR") or _USUAL_STATE))  # noqa: PTH100  # a link stays one
     written = []
     for name, place in _PLACES.items():
         if name != _BORGMATIC or borgmatic:
-            remark, variables = written_by("systemd"), own_environment(config)
-            content = text(name, remark, command=command, environment=variables)
-            if name == _TMPFILES:
-                content = content.replace(_USUAL_STATE, _state_directory())
+            content = text(name, written_by("systemd"), command=command, environment=variables, state=state)
             written.append(systemd.write((root or Path("/")) / place, content))
     if root is None and systemd.runs():
         systemd.run(find("systemd-tmpfiles", "systemd"), "--create", str(written[len(TEMPLATES)]))
@@ -83,10 +82,6 @@ def remove(root: Path | None) -> list[Path]:
     if ours:
         _reload(root)
     return ours
-
-
-def _state_directory() -> str:
-    return os.path.abspath(os.environ.get("BLOCKFERRY_STATE_DIR") or _USUAL_STATE)  # noqa: PTH100  # a link stays one
 
 
 def _reload(root: Path | None) -> None:
