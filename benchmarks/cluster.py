@@ -2,8 +2,9 @@
 
 copy        Hosts are processes of this machine. Each reads the volume through a disk of its own that gives so many
             bytes a second (`nbdkit --filter=rate`): sharing the work out is for the hosts' disks and networks.
-foreground  fio writes 64 KiB at random: through a guard; while every chunk's image is logged before it is overwritten
-            and, beside that, the volume is copied at so many bytes a second; and to the volume itself.
+foreground  fio writes 64 KiB at random: through a guard; while the volume is copied at so many bytes a second, and so
+            each chunk's image is logged before it is overwritten for the first time; and to the volume itself. Once to
+            each place at most, so that every write is a first one, and once to any place again and again.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["copy", "foreground"], action="append", help="only this part")
     parser.add_argument("--size", type=float, default=1.5, metavar="GIB", help="the size of the volume")
     parser.add_argument("--rate", type=int, default=16, metavar="MIB", help="what a host reads in a second")
-    parser.add_argument("--seconds", type=int, default=10, help="how long fio writes")
+    parser.add_argument("--seconds", type=int, default=40, help="how long fio writes to any place")
     parser.add_argument("--depth", type=int, default=32, help="how many writes fio has under way")
     options = parser.parse_args()
     report = measure.Report("cluster")
@@ -196,12 +197,12 @@ def measure_foreground(
         slow = running.enter_context(slow_disk(hosts[1], volume, options.rate))
         device = running.enter_context(hosts[0].guarding(volume))
 
-        def during(rate: bool) -> Run:
-            words = [BLOCKFERRY, "--quiet", "cluster", "backup", slow if rate else volume, "--name", NAME]
+        def during(*, again: bool) -> Run:
+            words = [BLOCKFERRY, "--quiet", "cluster", "backup", slow, "--name", NAME]
             words += ["--repo", f"restic:{root / 'foreground'}"]
             backup = subprocess.Popen(list(map(str, words)), env=hosts[0].environment())
             wait_until(lambda: "logging" in hosts[0].ferry("guard", "status", NAME, "--json"))
-            done = fio(device, options)
+            done = fio(device, options, again=again)
             if backup.poll() is not None:
                 raise SystemExit("the backup had ended before fio did: a larger --size, or less --seconds")
             backup.terminate()
@@ -209,21 +210,23 @@ def measure_foreground(
             wait_until(lambda: "logging" not in hosts[0].ferry("guard", "status", NAME, "--json"))
             return done
 
-        contenders = {
-            "through a guard": lambda: fio(device, options),
-            "during a backup": lambda: during(rate=True),
-            "without a guard": lambda: fio(volume, options),
-        }
-        report.add("fio, 64 KiB at random", measure.take_turns(contenders, options.rounds))
+        for again in (False, True):
+            contenders = {
+                "through a guard": lambda again=again: fio(device, options, again=again),
+                "during a backup": lambda again=again: during(again=again),
+                "without a guard": lambda again=again: fio(volume, options, again=again),
+            }
+            title = f"fio, 64 KiB at random, {'any place' if again else 'each place once'}"
+            report.add(title, measure.take_turns(contenders, options.rounds))
 
 
-def fio(device: str, options: argparse.Namespace) -> Run:
-    """Write to all places of a device, each once at most."""
+def fio(device: str, options: argparse.Namespace, *, again: bool) -> Run:
+    """Write to each place of a device once, or for a while to any `again` and again."""
+    how = ["--norandommap", "--time_based", f"--runtime={options.seconds}"] if again else []
     done = measure.run(
         [
             *("fio", "--name=writes", f"--filename={device}", "--rw=randwrite", "--bs=64k", "--direct=1"),
-            *("--ioengine=libaio", f"--iodepth={options.depth}", "--time_based", f"--runtime={options.seconds}"),
-            *("--randrepeat=1", "--output-format=json"),
+            *("--ioengine=libaio", f"--iodepth={options.depth}", "--randrepeat=1", "--output-format=json", *how),
         ]
     )
     writes = json.loads(done.output)["jobs"][0]["write"]

@@ -61,7 +61,7 @@ def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]
 @pytest.mark.timeout(300 + 30 * ROUNDS)
 @pytest.mark.parametrize(
     "hosts",
-    [pytest.param(1, marks=pytest.mark.thorough), 2, pytest.param(4, marks=pytest.mark.thorough)],
+    [2, *(pytest.param(count, marks=pytest.mark.thorough) for count in (1, 3, 4))],
     indirect=True,
 )
 def test_what_comes_back_is_the_instant(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
