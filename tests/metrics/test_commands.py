@@ -158,6 +158,7 @@ def test_a_hot_restore_says_how_far_it_is_until_it_is_detached(
 
 
 @pytest.mark.root
+@pytest.mark.thorough
 def test_a_backup_of_a_shared_volume_leaves_the_figures_of_its_set(
     depot: Depot, image: Path, watched: Path, tmp_path: Path, attach: Attach
 ) -> None:

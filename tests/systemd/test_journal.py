@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -25,8 +25,12 @@ until test -S /run/systemd/journal/socket -a -S /run/systemd/journal/stdout; do 
 systemd-cat sh -c 'JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$@"' sh "$@" || true
 journalctl --directory=/run/log/journal --sync >/dev/null 2>&1 || sleep 0.5
 journalctl --directory=/run/log/journal --output=json --all --no-pager
+journalctl() {{ command journalctl --directory=/run/log/journal --no-pager "$@"; }}
+echo "--"
+eval "$QUERIES"
 kill $journald
 """
+PAGE = Path(__file__).parents[2] / "docs" / "systemd.md"
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +46,32 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def in_the_journal(depot: Depot, *words: object) -> list[dict[str, Any]]:
-    """Run a command as systemd does; return what a journal of its own has of it."""
+def in_the_journal(depot: Depot, *words: object, queries: str = "") -> tuple[list[dict[str, Any]], str]:
+    """Run a command as systemd does; return what a journal of its own has of it, and the answer to other queries."""
     if not JOURNALD.exists():
         pytest.skip("systemd-journald is not installed: apt install systemd")
     script = ["unshare", "--mount", "--propagation=private", "sh", "-ec", APART, "sh", *command(*words)]
-    done = subprocess.run(script, env=os.environ | depot.env, capture_output=True, text=True, timeout=120, check=False)
-    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    done = subprocess.run(
+        script,
+        env=os.environ | depot.env | {"QUERIES": queries},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, _, answers = done.stdout.partition("--\n")
+    entries = [json.loads(line) for line in whole.splitlines()]
     ours = [each for each in entries if each.get("SYSLOG_IDENTIFIER") == "blockferry"]
     assert ours, (done.stdout, done.stderr)
-    return ours
+    return ours, answers
 
 
 @pytest.mark.root
 def test_a_backup_can_be_found_by_its_volume_and_has_its_figures(depot: Depot, image: Path) -> None:
-    entries = in_the_journal(depot, "backup", image, "--repo", depot.reference)
+    queries = "\n".join(re.findall(r"^journalctl .*", PAGE.read_text(), re.MULTILINE)).replace("=home ", "=vm.img ")
+    words = ("backup", image, "--repo", depot.reference)
+    entries, answers = in_the_journal(depot, *words, queries=queries)
     stored = depot.ferry("snapshots", "--json").json()["snapshots"][-1]
     result = entries[-1]
     assert {each["BLOCKFERRY_VOLUME"] for each in entries} == {"vm.img"}
@@ -66,16 +81,18 @@ def test_a_backup_can_be_found_by_its_volume_and_has_its_figures(depot: Depot, i
     assert result["BLOCKFERRY_REPOSITORY"] == depot.reference
     lines = [each for each in entries if each["MESSAGE"].endswith("says ext4 bitmaps")]
     assert [(each["BLOCKFERRY_SNAPSHOT"], each["PRIORITY"]) for each in lines] == [(stored["id"], "6")]
-    assert not [each for each in entries if "BLOCKFERRY_SHARES" in each]
+    as_on_the_page = [json.loads(line) for line in answers.splitlines() if line.startswith("{")]
+    assert as_on_the_page[-1]["BLOCKFERRY_BYTES_STORED"] == result["BLOCKFERRY_BYTES_STORED"]
+    assert {each["BLOCKFERRY_SNAPSHOT"] for each in as_on_the_page if "BLOCKFERRY_TIER" in each} == {stored["id"]}
 
 
 @pytest.mark.root
 def test_a_failure_has_its_priority_and_exit_code_and_no_secret(depot: Depot, image: Path) -> None:
     wrong = Depot(depot.tool, depot.path, {"RESTIC_PASSWORD": "sesame"})
-    *_others, error = in_the_journal(wrong, "backup", image, "--repo", depot.reference)
+    (*_others, error), _none = in_the_journal(wrong, "backup", image, "--repo", depot.reference)
     assert (error["PRIORITY"], error["BLOCKFERRY_EXIT_CODE"], error["BLOCKFERRY_VOLUME"]) == ("3", "1", "vm.img")
     assert error["BLOCKFERRY_REMEDY"] in error["MESSAGE"]
-    assert "sesame" not in json.dumps(_others + [error])
+    assert "sesame" not in json.dumps([*_others, error])
 
 
 @pytest.mark.parametrize("stream", ["", "1:1"])
@@ -109,23 +126,6 @@ def all_of(told: socket.socket) -> list[str]:
 def test_the_status_of_a_backup_says_how_far_it_is(depot: Depot, image: Path, told: socket.socket) -> None:
     depot.ferry("backup", image, "--json").json()
     assert [each for each in all_of(told) if each.startswith("STATUS=backup: 100 %, ")]
-
-
-@pytest.mark.root
-def test_a_hot_restore_is_ready_says_how_far_it_is_and_stops(
-    depot: Depot, image: Path, told: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BLOCKFERRY_RUNTIME_DIR", str(tmp_path / "run"))
-    depot.ferry("backup", image, "--json").json()
-    all_of(told)
-    told.settimeout(60)
-    words = command("attach", "latest", tmp_path / "hot.img", "--repo", depot.reference, "--foreground")
-    unit = subprocess.Popen(words, env=os.environ | depot.env)
-    assert told.recv(100) == b"READY=1"
-    assert b" % there" in told.recv(100)
-    unit.send_signal(signal.SIGTERM)
-    assert unit.wait(60) == 0
-    assert "STOPPING=1" in all_of(told)
 
 
 def test_a_process_that_outlives_its_unit_does_not_speak_for_it(told: socket.socket, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -112,6 +114,26 @@ def test_what_is_made_at_boot_is_as_we_make_it(root: Path) -> None:
     assert (root / "var/lib/blockferry").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.root
+def test_the_commands_on_the_page_install_the_units(tmp_path: Path) -> None:
+    """On this machine, but for a while, and seen by nobody else. Queries of the journal are run in test_journal.py."""
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    installs = [block for block in blocks if block.startswith("blockferry ")]
+    looks = [line for block in blocks if block not in installs for line in block.splitlines()]
+    assert [line for line in looks if not line.startswith("journalctl ")] == ["systemctl status 'blockferry-*'"]
+    if systemd.runs():
+        pytest.skip("systemd runs here, and would be told to read what it cannot see")
+    places = ["/etc/systemd/system", "/etc/tmpfiles.d"]
+    script = "".join(f"mount -t tmpfs tmpfs {each};" for each in places)
+    script += f"{''.join(installs)}find {places[0]} {places[1]} -type f"
+    path = f"{Path(command()[0]).parent}:{os.environ['PATH']}"
+    apart = ["unshare", "--mount", "--propagation=private", "sh", "-euc", script]
+    found = run(*apart, env=os.environ | {"PATH": path}).splitlines()
+    files = [path for path in found if path.startswith("/etc/")]
+    assert {Path(path).name for path in files} == {*units.TEMPLATES, "blockferry.conf"}
+    assert f"/{DROP_IN}" in files
+
+
 def test_what_was_installed_is_removed_and_nothing_of_others(root: Path) -> None:
     mine = root / SYSTEM / units.GUARD
     mine.write_text(mine.read_text().replace("Written by `blockferry systemd install`.", "Changed by me."))
@@ -169,7 +191,7 @@ def test_what_the_unit_allows_is_enough_to_freeze_and_back_up_a_mounted_volume(
 
 
 @pytest.mark.root
-def test_what_the_unit_allows_is_enough_for_a_hot_restore(
+def test_what_the_unit_allows_is_enough_for_a_hot_restore_that_tells_how_far_it_is(
     tmp_path: Path, mount: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BLOCKFERRY_RUNTIME_DIR", str(tmp_path / "run"))
@@ -178,11 +200,19 @@ def test_what_the_unit_allows_is_enough_for_a_hot_restore(
     run("truncate", "-s", "32M", image)
     run("mke2fs", "-q", "-F", "-t", "ext4", image)
     depot.ferry("backup", image, "--json").json()
-    words = ("attach", "latest", target, "--name", "unit", "--repo", depot.reference, "--json")
-    said = blockferry(*words, env=depot.env, prefix=allowed(units.RESTORE)).json()
-    try:
-        place = mount(said["device"])
-        (place / "file").write_text("content")
-        run("umount", place)
-    finally:
-        blockferry("detach", "unit", "--force", "--json").json()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(60)
+        words = command("attach", "latest", target, "--name", "unit", "--repo", depot.reference, "--foreground")
+        environment = os.environ | depot.env | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        unit = subprocess.Popen([*allowed(units.RESTORE), *words], env=environment)
+        try:
+            assert told.recv(100) == b"READY=1"
+            assert b" % there" in told.recv(100)
+            place = mount(blockferry("status", "unit", "--json").json()["device"])
+            (place / "file").write_text("content")
+            run("umount", place)
+        finally:
+            unit.terminate()
+        assert unit.wait(60) == 0
+        assert told.recv(100) == b"STOPPING=1"

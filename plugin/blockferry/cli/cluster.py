@@ -125,8 +125,9 @@ def hosts(context: Context, volume: str, index: str) -> None:
     "--volume", "volumes", multiple=True, required=True, metavar="NAME=PATH", help="A shared volume; can be repeated."
 )
 @click.option("--host", default="", help="What this host is called; else its host name.")
+@json_option
 @click.pass_obj
-def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: str) -> None:
+def worker(context: Context, scheduler: str, volumes: tuple[str, ...], host: str) -> None:
     """Copy shares of volumes for backups that the Dask scheduler SCHEDULER hands out, until SIGTERM.
 
     Each repository is opened with the credentials in this command's environment.
@@ -140,7 +141,10 @@ def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: st
         if not separator:
             raise UsageError(f"{each}: names no volume", remedy="Write NAME=PATH, such as lun0=/dev/mapper/lun0.")
         copying.PATHS[name] = Volume.discover(path, name).path
-    engines.work_for(scheduler, host or socket.gethostname())
+    host = host or socket.gethostname()
+    engines.work_for(scheduler, host)
+    said = {"version": 1, "host": host, "scheduler": scheduler}
+    context.output.result(said, lambda: f"{host}: copies no shares any more")
 
 
 @cluster.command()
