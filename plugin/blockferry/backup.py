@@ -27,6 +27,7 @@ from blockferry.repository import Repository, plan
 from blockferry.snapshot import Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 from blockferry.state import exclusive
 from blockferry.survey import Plan, survey
+from blockferry.systemd import journal
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Result:
 
     snapshot: Snapshot
     record: Record
+    repository: str
+    """The reference, without credentials."""
     bytes_read: int
     bytes_compared: int
     """How much of what was said not to have changed was compared with the earlier snapshot."""
@@ -50,6 +53,7 @@ class Result:
             "version": 1,
             "snapshot": self.snapshot.id,
             "archive": self.snapshot.archive,
+            "repository": self.repository,
             "volume": self.record.volume,
             "tier": self.record.tier.value,
             "tier_reason": self.record.tier_reason,
@@ -85,6 +89,7 @@ def back_up(
     began = time.monotonic()
     checkpoints = Checkpoints(manager)
     snapshot, created = new_snapshot_id(), now()
+    journal.about(volume=volume.name, snapshot=snapshot)
     with (
         exclusive(volume),
         # Before the freeze: what is written between the two counts as changed at the next backup.
@@ -104,7 +109,7 @@ def back_up(
                 stored, record, compared = run.store(found.everything(error.message), choice.sample)
             read = disk.bytes_read
     seconds = time.monotonic() - began
-    result = Result(stored.snapshot, record, read, compared, stored.bytes_stored, seconds)
+    result = Result(stored.snapshot, record, repository.reference, read, compared, stored.bytes_stored, seconds)
     manager.hook.blockferry_snapshot_stored(snapshot=stored.snapshot, record=record, statistics=result.as_json())
     return result
 

@@ -235,6 +235,16 @@ def blockferry_snapshot_stored(snapshot: Snapshot, record: Record, statistics: d
     """
 
 
+@hookspec
+def blockferry_backup_failed(volume: str, repository: str, error: BaseException) -> None:
+    """Learn that a backup failed, and left nothing behind. All plugins are told.
+
+    :param volume: the name of the volume or group, which may not even have been found.
+    :param repository: the reference, without credentials; it may be one that could not be opened.
+    :param error: why; a NotNowError is one that may go well later, without anybody's doing.
+    """
+
+
 # -- hot restore -------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +254,15 @@ def blockferry_restore_cache(source: Source, options: CacheOptions) -> AbstractC
 
     :param source: what is in the repository, fetched by units.
     :param options: what is restored, and where its blocks are to be kept.
+    """
+
+
+@hookspec
+def blockferry_restore_progress(statistics: dict[str, Any], ended: bool) -> None:
+    """Learn how far a hot restore is: when it has begun, every few seconds, and when it ends. All plugins are told.
+
+    :param statistics: the figures that `status NAME --json` prints; of one whose process was killed only the `name`.
+    :param ended: whether its disk is taken away, be it complete or not: nothing more will be told of it.
     """
 
 

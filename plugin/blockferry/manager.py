@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import re
+from collections.abc import Callable
 
 import pluggy
 
@@ -11,9 +14,12 @@ from blockferry.cluster.index import LogIndex
 from blockferry.errors import UsageError
 from blockferry.repository import Repository
 
+log = logging.getLogger(__name__)
+
 BUILTIN = (
     # A plugin registered later is asked earlier: each list reads from the last resort to the first choice.
     "blockferry.config.own",
+    "blockferry.metrics.plugin",
     "blockferry.freeze.live",
     "blockferry.freeze.fsfreeze",
     "blockferry.freeze.reflink",
@@ -83,6 +89,26 @@ def log_index_named(manager: pluggy.PluginManager, reference: str) -> LogIndex:
             remedy="Write redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), redis+unix:///PATH or sqlite:///PATH.",
         )
     return index
+
+
+def tell(hook: Callable[..., object], **facts: object) -> None:
+    """Call a hook that only tells, where nothing may come of it: a plugin that fails is a warning."""
+    try:
+        hook(**facts)
+    except Exception as error:
+        log.warning("a plugin failed: %s", error)
+
+
+def without_credentials(reference: str) -> str:
+    """Return a reference without user names and passwords, those of URLs and of USER@HOST:PATH alike."""
+    scheme, separator, rest = reference.partition("://")
+    if not separator:
+        return re.sub(r"^((?:\w+:)*)[^/:@]+@(?=[^/]+:)", r"\1", reference)
+    place, slash, path = rest.partition("/")
+    # A password that should have been written as %2F and %40 may hold both.
+    if "@" in path and re.fullmatch(r"[^@]*:(?!\d*$).*", place):
+        place, slash, path = rest.rpartition("@")[2], "", ""
+    return f"{scheme}{separator}{place.rpartition('@')[2]}{slash}{path}"
 
 
 def mask(reference: str) -> str:

@@ -52,6 +52,7 @@ PACKAGES = {
     "setpriv": _same("util-linux"),
     "sfdisk": Packages("fdisk", "util-linux", "util-linux"),
     "systemctl": _same("systemd"),
+    "systemd-tmpfiles": _same("systemd"),
     "systemd-analyze": _same("systemd"),
     "thin_delta": _THIN,
     "udevadm": Packages("udev", "systemd-udev", "systemd"),

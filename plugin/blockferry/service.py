@@ -40,6 +40,8 @@ _PATIENCE_TO_ASK = 10.0
 """Seconds for a question to come, once somebody has connected."""
 _PATIENCE_TO_START = 180.0
 _LONGEST_LINE = 1 << 20
+_SYSTEMDS = ("NOTIFY_SOCKET", "JOURNAL_STREAM", "WATCHDOG_USEC", "WATCHDOG_PID")
+"""What systemd says to the process that it started, and not to one that outlives it."""
 
 
 class NobodyThereError(BlockferryError):
@@ -130,7 +132,7 @@ def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> d
             stdin=told_there,
             stdout=words,
             stderr=words,
-            env=os.environ | KEEP_FREED_MEMORY,
+            env={name: value for name, value in os.environ.items() if name not in _SYSTEMDS} | KEEP_FREED_MEMORY,
             start_new_session=True,
         )
     deadline = time.monotonic() + _PATIENCE_TO_START
@@ -182,6 +184,7 @@ def _end(_number: int, _frame: FrameType | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _told_to_end.set()
+    notify_systemd("STOPPING=1")
     raise StopError
 
 
@@ -232,12 +235,13 @@ def answer_next(listener: socket.socket, answer: Callable[[dict[str, Any]], Answ
     return question
 
 
-def notify_systemd(state: bytes) -> None:
-    """Tell systemd of a state, if it is systemd that started us (sd_notify(3))."""
+def notify_systemd(state: str) -> None:
+    """Tell systemd of a state, such as READY=1 or STATUS=..., if it is systemd that started us (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            systemd.sendto(state, "\0" + address[1:] if address.startswith("@") else address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, contextlib.suppress(OSError):
+            systemd.settimeout(1.0)
+            systemd.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def run_apart(serve: Callable[[], None]) -> int:

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -20,10 +21,14 @@ from blockferry.cli.main import cli
 from blockferry.extents import ExtentSet
 from blockferry.manager import plugin_manager, repository_named
 from blockferry.snapshot import Record
+from changed_support import why_no_bpftrace
 from groups_support import store_group
 from sets_support import SharedVolume, common_record, make_set
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
+BLOCKFERRY = str(Path(sys.executable).with_name("blockferry"))
+GROUPS = {"catalog", "cluster", "guard", "schedule", "systemd", "track", "udev"}
+"""Commands that have commands below them."""
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
 
 
@@ -76,7 +81,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def printed(place: Path) -> dict[str, dict[str, object]]:
+def attach(place: Path) -> Iterator[Callable[[Path], str]]:
+    """Return a function that shows an image as a loop device."""
+    del place  # which is unmounted after that
+    with contextlib.ExitStack() as attached:
+
+        def attach_image(image: Path) -> str:
+            command = ["losetup", "--find", "--show", str(image)]
+            device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            attached.callback(subprocess.run, ["losetup", "--detach", device], check=True)
+            return device
+
+        yield attach_image
+
+
+@pytest.fixture(scope="module")
+def printed(place: Path, attach: Callable[[Path], str]) -> dict[str, dict[str, object]]:
     """What the commands print as JSON, by command, for two backups of a small volume and its restore."""
     image, repository, copy = place / "volume.img", f"borg:{place}/repository", place / "restored.img"
     hot = place / "hot.img"
@@ -89,8 +109,13 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
         patch.setenv("BLOCKFERRY_CONFIG", str(place / "config.yaml"))
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
         group = stored_group(place / "files", repository)
+        patch.setenv("BLOCKFERRY_RUNTIME_DIR", str(place / "run"))
+        patch.setenv("BLOCKFERRY_INDEX", f"sqlite://{place}/index.sqlite")
+        with (place / "shared.img").open("wb") as file:
+            file.truncate(4 << 20)
+        device = attach(place / "shared.img")
         return {
-            " ".join(words[: 2 if words[0] in {"catalog", "schedule", "udev"} else 1]): blockferry(*words)
+            " ".join(words[: 2 if words[0] in GROUPS else 1]): blockferry(*words)
             for words in (
                 ("files", group, "--to", place / "back", "--repo", repository),
                 ("used", image),
@@ -111,11 +136,21 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("armed",),
                 ("disarm", "serial:NOWHERE"),
                 ("udev", "install", "--root", place / "root"),
+                ("systemd", "install", "--root", place / "root"),
+                ("systemd", "remove", "--root", place / "root"),
+                ("guard", "start", device, "--name", "lun0"),
+                ("guard", "status"),
+                ("cluster", "hosts", "lun0"),
+                ("cluster", "backup", device, "--name", "lun0", "--repo", repository),
+                ("cluster", "status", "lun0"),
+                ("guard", "stop", "lun0"),
                 ("schedule", "install", "--directory", place / "units"),
                 ("schedule", "show", "--directory", place / "units"),
                 ("schedule", "remove", "--directory", place / "units"),
                 ("apply-log", stored_set(repository), "--repo", repository),
                 ("delete", "latest", "--repo", repository),
+                ("prune", "volume.img", "--keep-last", "9", "--repo", repository),
+                ("completion", "bash"),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
             )
@@ -137,23 +172,90 @@ def stored_set(reference: str) -> str:
 
 
 def blockferry(*words: str | Path) -> dict[str, object]:
-    command = [str(Path(sys.executable).with_name("blockferry")), *map(str, words), "--json"]
+    command = [BLOCKFERRY, *map(str, words), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+NOT_RUN_HERE = {"watch", "udev restore", "cluster worker", "mount", "track start", "track stop", "track status"}
+"""What waits for something to happen, or takes a kernel of its own."""
+
+
+def rows() -> dict[str, str]:
+    """Return what the page says of each JSON result, by command."""
+    return dict(re.findall(r"^\| `([a-z -]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+
+
+def fields_of(command: str) -> set[str]:
+    """Return the fields that the page names for a command's JSON result."""
+    text = rows()[command].partition("a list of objects with")[0]
+    named = set(re.findall(r"`(\w+)`", text)) - {"start", "length", "attach", "merge"}
+    if "the fields of [the record]" in text:
+        named |= {field.name for field in dataclasses.fields(Record)}
+    others = re.findall("the fields of `([a-z ]+)`", text)
+    return named.union({"version"}, *map(fields_of, others))
+
+
+def assert_as_the_page_says(command: str, result: dict[str, object]) -> None:
+    assert fields_of(command) == set(result), command
+    of_entries = rows()[command].partition("a list of objects with")[2]
+    if of_entries:
+        (entries,) = (value for value in result.values() if isinstance(value, list))
+        assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command
 
 
 @pytest.mark.root
 def test_the_page_names_the_fields_of_every_json_result(printed: dict[str, dict[str, object]]) -> None:
-    rows = dict(re.findall(r"^\| `([a-z -]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
-    assert rows.keys() == printed.keys()
+    assert rows().keys() - NOT_RUN_HERE == printed.keys()
     for command, result in printed.items():
-        text, _, of_entries = rows[command].partition("a list of objects with")
-        named = set(re.findall(r"`(\w+)`", text)) - {"start", "length"}
-        if "the fields of [the record]" in text:
-            named |= {field.name for field in dataclasses.fields(Record)}
-        for other in ("attach", "merge"):
-            if f"the fields of `{other}`" in text:
-                named |= set(printed[other])
-        assert named - {"attach", "merge"} | {"version"} == set(result), command
-        if of_entries:
-            (entries,) = (value for value in result.values() if isinstance(value, list))
-            assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command
+        assert_as_the_page_says(command, result)
+
+
+def test_every_command_has_a_json_result_and_the_page_has_its_fields() -> None:
+    found = {path: command_named(path) for path in commands(cli)}
+    ends = {path: each for path, each in found.items() if not isinstance(each, click.Group)}
+    silent = [path for path, each in ends.items() if not any("--json" in option.opts for option in each.params)]
+    assert silent == []
+    assert {" ".join(path) for path in ends} == rows().keys()
+    assert {path[0] for path in ends if len(path) > 1} == GROUPS
+
+
+def command_named(path: tuple[str, ...]) -> click.Command:
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        below = command.get_command(click.Context(command), name)
+        assert below is not None
+        command = below
+    return command
+
+
+@pytest.mark.root
+def test_mount_says_where_the_files_are(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTIC_PASSWORD", "secret")
+    subprocess.run(["restic", "init", "--quiet", "--repo", str(tmp_path / "restic")], check=True)
+    group = stored_group(place / "mounted", f"restic:{tmp_path}/restic")
+    (tmp_path / "at").mkdir()
+    words = ["mount", group, tmp_path / "at", "--repo", f"restic:{tmp_path}/restic", "--json"]
+    with subprocess.Popen([BLOCKFERRY, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+        try:
+            assert (tmp_path / "at" / "file").read_text() == "content"
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert said["path"] == str(tmp_path / "at")
+    assert_as_the_page_says("mount", said)
+
+
+@pytest.mark.root
+def test_track_says_what_is_tracked(attach: Callable[[Path], str], place: Path) -> None:
+    reason = why_no_bpftrace()
+    if reason:
+        pytest.skip(reason)
+    (place / "tracked.img").write_bytes(bytes(1 << 20))
+    device = attach(place / "tracked.img")
+    try:
+        for words in (("track", "start", device), ("track", "status"), ("track", "stop", device)):
+            assert_as_the_page_says(" ".join(words[:2]), blockferry(*words))
+    finally:
+        subprocess.run([BLOCKFERRY, "track", "stop", device], check=False, capture_output=True)

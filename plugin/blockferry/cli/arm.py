@@ -147,7 +147,9 @@ def install(context: Context, root: Path | None) -> None:
 
 @udev.command()
 @click.argument("match")
-def restore(match: str) -> None:
+@json_option
+@click.pass_obj
+def restore(context: Context, match: str) -> None:
     """Restore onto the armed device MATCH, until SIGTERM or `detach`: what systemd's unit runs.
 
     Exits with 75 if the same may go well later, as with a repository that does not answer.
@@ -156,7 +158,9 @@ def restore(match: str) -> None:
     Example:
       blockferry udev restore serial:WD-WX12A345
     """
-    showing_up.serve(Match.parse(match))
+    device = Match.parse(match)
+    showing_up.serve(device)
+    context.output.result({"version": 1, "match": str(device)}, lambda: f"{device}: the disk was taken away")
 
 
 def _with_snapshot(context: Context, wanted: Armed, snapshot: str) -> Armed:

@@ -18,7 +18,7 @@ from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.forecast import Forecast, forecast
 from blockferry.hookspecs import FreezeOptions
-from blockferry.volume import Volume
+from blockferry.volume import Volume, default_name
 
 if TYPE_CHECKING:
     from blockferry.cluster.backup import SharedResult
@@ -104,14 +104,16 @@ def backup(
     configured = None if "/" in volume else context.configuration.volumes.get(volume)
     if configured:
         volume, name, reference = configured.path, name or volume, reference or configured.repository
-    found = Volume.discover(volume, name)
     freeze = FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live)
     choice = Choice(since=since, tracker=tracker, incremental=incremental, sample=sample)
-    with context.repository(reference) as repository:
-        if dry_run:
+    if dry_run:
+        with context.repository(reference) as repository:
+            found = Volume.discover(volume, name)
             foreseen = forecast(context.manager, found, repository, freeze=freeze, choice=choice)
-            _tell(context, foreseen, picture=picture)
-            return
+        _tell(context, foreseen, picture=picture)
+        return
+    with context.backing_up(name or default_name(volume), reference) as repository:
+        found = Volume.discover(volume, name)
         result = back_up(context.manager, found, repository, freeze=freeze, choice=choice, progress=context.output)
         remember(context, repository.reference, result)
     context.output.result(result.as_json(), lambda: _sentence(result))

@@ -64,11 +64,12 @@ def backup(
     Example:
       blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup
     """
-    found = Volume.discover(volume, name or default_name(volume))
-    copying.PATHS[found.name] = found.path
+    named = name or default_name(volume)
     with contextlib.ExitStack() as opened:
-        repository = opened.enter_context(context.repository(reference))
-        logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
+        logs = opened.enter_context(context.backing_up(named, log_repo or reference))
+        repository = opened.enter_context(context.repository(reference)) if log_repo else logs
+        found = Volume.discover(volume, named)
+        copying.PATHS[found.name] = found.path
         shared_index = opened.enter_context(contextlib.closing(log_index_named(context.manager, index)))
         chosen = opened.enter_context(_engine(engine, processes, found.name))
         result = back_up_shared(
@@ -125,8 +126,9 @@ def hosts(context: Context, volume: str, index: str) -> None:
     "--volume", "volumes", multiple=True, required=True, metavar="NAME=PATH", help="A shared volume; can be repeated."
 )
 @click.option("--host", default="", help="What this host is called; else its host name.")
+@json_option
 @click.pass_obj
-def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: str) -> None:
+def worker(context: Context, scheduler: str, volumes: tuple[str, ...], host: str) -> None:
     """Copy shares of volumes for backups that the Dask scheduler SCHEDULER hands out, until SIGTERM.
 
     Each repository is opened with the credentials in this command's environment.
@@ -140,7 +142,10 @@ def worker(_context: Context, scheduler: str, volumes: tuple[str, ...], host: st
         if not separator:
             raise UsageError(f"{each}: names no volume", remedy="Write NAME=PATH, such as lun0=/dev/mapper/lun0.")
         copying.PATHS[name] = Volume.discover(path, name).path
-    engines.work_for(scheduler, host or socket.gethostname())
+    host = host or socket.gethostname()
+    engines.work_for(scheduler, host)
+    said = {"version": 1, "host": host, "scheduler": scheduler}
+    context.output.result(said, lambda: f"{host}: copies no shares any more")
 
 
 @cluster.command()

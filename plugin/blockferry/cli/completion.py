@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
 from blockferry.catalog import Catalog
+from blockferry.cli.context import Context, json_option
 from blockferry.config.configuration import Configuration, load_configuration
 from blockferry.difference import LATEST, NONE
 from blockferry.errors import BlockferryError
@@ -27,7 +28,9 @@ _VARIABLE = "_BLOCKFERRY_COMPLETE"
 
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
-def completion(shell: str) -> None:
+@json_option
+@click.pass_obj
+def completion(context: Context, shell: str) -> None:
     """Print what SHELL has to read in order to complete commands, options, and the names in the configuration.
 
     \b
@@ -36,7 +39,8 @@ def completion(shell: str) -> None:
       blockferry completion zsh >/usr/local/share/zsh/site-functions/_blockferry
       blockferry completion fish >/etc/fish/completions/blockferry.fish
     """
-    click.echo(script(shell), nl=False)
+    text = script(shell)
+    context.output.result({"version": 1, "shell": shell, "script": text}, lambda: text.rstrip("\n"))
 
 
 def script(shell: str) -> str:

@@ -17,9 +17,10 @@ from blockferry.cli.output import Output
 from blockferry.config.configuration import Configuration, load_configuration
 from blockferry.errors import UsageError
 from blockferry.joined import repository_with_log
-from blockferry.manager import plugin_manager
+from blockferry.manager import mask, plugin_manager, tell
 from blockferry.repository import Repository
 from blockferry.state import state_directory
+from blockferry.systemd import journal
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -57,6 +58,23 @@ class Context:
         named = self.reference(reference)
         with contextlib.closing(repository_with_log(self.manager, named, log_reference)) as repository:
             yield repository
+
+    @contextlib.contextmanager
+    def backing_up(self, volume: str, reference: str | None) -> Iterator[Repository]:
+        """Open a repository as `repository` does, for the backup of that volume; plugins learn if it fails."""
+        journal.about(volume=volume)
+        where = mask(self.reference(reference))
+        try:
+            with self.repository(reference) as repository:
+                where = repository.reference
+                yield repository
+        except BaseException as error:
+            self.tell_failure(volume, where, error)
+            raise
+
+    def tell_failure(self, volume: str, repository: str, error: BaseException) -> None:
+        """Tell plugins of a backup that failed; `repository` without credentials."""
+        tell(self.manager.hook.blockferry_backup_failed, volume=volume, repository=repository, error=error)
 
     @contextlib.contextmanager
     def catalog(self) -> Iterator[Catalog]:

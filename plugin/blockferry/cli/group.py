@@ -27,7 +27,7 @@ from blockferry.groups.schedule import due, last_runs, record_run
 from blockferry.groups.scope import Scope
 from blockferry.groups.table import BESIDE
 from blockferry.groups.walk import Walker
-from blockferry.manager import repository_named
+from blockferry.manager import mask, repository_named
 from blockferry.repository import Repository
 from blockferry.retention import carry_out, look_over
 
@@ -70,9 +70,9 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
     """Back up groups that are on one filesystem, remove what their rules do not keep, and remember that they ran."""
     began = datetime.datetime.now(datetime.UTC)
     results: list[GroupResult] = []
+    repositories: dict[str, Repository] = {}
     try:
         with contextlib.ExitStack() as opened:
-            repositories: dict[str, Repository] = {}
             for group in groups:
                 named = context.reference(reference or group.repository)
                 if named not in repositories:
@@ -86,9 +86,13 @@ def back_up(context: Context, groups: Sequence[Group], reference: str | None, si
                 remember(context, repository.reference, result.result)
                 record_run(group.name, began, ok=True)
                 _thin_out(group, repository)
-    finally:
+    except BaseException as error:
         for group in groups[len(results) :]:
             record_run(group.name, began, ok=False)
+            named = context.reference(reference or group.repository)
+            where = repositories[named].reference if named in repositories else mask(named)
+            context.tell_failure(group.name, where, error)
+        raise
     return results
 
 

@@ -21,6 +21,7 @@ from blockferry.errors import BlockferryError, UsageError
 from blockferry.hot import arming, attachment, client, daemon, movable
 from blockferry.hot.arming import Armed
 from blockferry.hot.client import Request
+from blockferry.manager import tell
 from blockferry.volume import default_name
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -186,6 +187,7 @@ def detach(context: Context, name: str, force: bool, forget: bool) -> None:
             raise BlockferryError(f"{name}: no such restore", remedy="`blockferry status` lists them.") from None
         if error.broken_off:
             client.clear_away(name)
+        tell(context.manager.hook.blockferry_restore_progress, statistics={"name": name}, ended=True)
     known = attachment.load(name)
     finished = known is not None and known.finished
     if known and finished:

@@ -15,6 +15,7 @@ from blockferry.cli.context import Context
 from blockferry.cli.examples import examples_last
 from blockferry.cli.output import Output, log
 from blockferry.errors import BlockferryError
+from blockferry.service import notify_systemd
 
 COMMANDS = {
     "used": "inspect",
@@ -44,6 +45,7 @@ COMMANDS = {
     "guard": "guard",
     "cluster": "cluster",
     "schedule": "schedule",
+    "systemd": "systemd",
     "doctor": "admin",
     "catalog": "admin",
     "completion": "completion",
@@ -89,6 +91,8 @@ def cli(context: click.Context, config: str | None, as_json: bool, log_json: boo
     """
     output = Output(as_json=as_json, log_json=log_json, verbosity=-1 if quiet else verbose)
     context.obj = Context(output, config)
+    if config:
+        os.environ["BLOCKFERRY_CONFIG"] = os.path.abspath(config)  # noqa: PTH100  # also for processes that stay
 
 
 examples_last(cli)
@@ -150,4 +154,5 @@ def _told(error: BaseException) -> tuple[BlockferryError, int]:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
+    notify_systemd("STOPPING=1")
     raise _TerminatedError(number)

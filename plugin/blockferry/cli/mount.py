@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from blockferry.cli import completion as complete
-from blockferry.cli.context import Context, repository_option
+from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.errors import TargetError
 from blockferry.fuse import mounted_on
 from blockferry.groups.stored import open_group
@@ -20,6 +20,7 @@ from blockferry.snapshot import find
 @click.argument("snapshot", shell_complete=complete.snapshots)
 @click.argument("directory", type=click.Path(path_type=Path))
 @repository_option
+@json_option
 @click.pass_obj
 def mount(context: Context, snapshot: str, directory: Path, reference: str | None) -> None:
     """Show the files in SNAPSHOT of a group at DIRECTORY, read-only, until Ctrl-C or `umount DIRECTORY`.

@@ -15,6 +15,8 @@ from rich.filesize import decimal
 
 from blockferry.errors import BlockferryError
 from blockferry.repository import Advance
+from blockferry.service import notify_systemd
+from blockferry.systemd import journal
 
 if TYPE_CHECKING:
     from blockferry.picture import Shade
@@ -47,6 +49,7 @@ class Output:
         self.as_json = as_json
         self.log_json = log_json
         self.verbosity = verbosity
+        self._journal = not log_json and journal.is_ours(sys.stderr)
         self._set_up_logging()
 
     def result(self, data: object, render: Callable[[], str | Listing | Bar]) -> None:
@@ -55,7 +58,9 @@ class Output:
             click.echo(json.dumps(data, indent=1, sort_keys=True))
             return
         shown = render()
-        if isinstance(shown, str):
+        if isinstance(shown, str) and self._journal and self.verbosity >= 0 and journal.is_ours(sys.stdout):
+            log.info("%s", shown, extra={"fields": data})
+        elif isinstance(shown, str):
             click.echo(shown)
         elif isinstance(shown, Bar):
             from blockferry.cli.bar import print_bar  # noqa: PLC0415  # see terminal.py
@@ -71,6 +76,9 @@ class Output:
         """Say what went wrong, where, and what to do."""
         if self.log_json:
             self._line("error", message=error.message, remedy=error.remedy, exit_code=error.exit_code)
+            return
+        if self._journal:
+            log.error("%s", error, extra={"fields": {"remedy": error.remedy, "exit_code": error.exit_code}})
             return
         click.echo(f"blockferry: {error.message}", err=True)
         if error.remedy:
@@ -114,18 +122,23 @@ class Output:
         remaining = (total - done) / rate if rate else None
         if self.log_json:
             self._line("progress", operation=name, done=done, total=total, rate=round(rate), remaining=remaining)
-        else:
-            share = 100 * done // total if total else 100
-            log.info("%s: %d %%, %s of %s, %s/s", name, share, decimal(done), decimal(total), decimal(int(rate)))
+            return
+        share = 100 * done // total if total else 100
+        line = f"{name}: {share} %, {decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s"
+        # `systemctl status` shows it; the journal need not keep each.
+        log.log(logging.DEBUG if self._journal else logging.INFO, "%s", line)
+        notify_systemd(f"STATUS={line}")
 
     def _line(self, kind: str, **fields: Any) -> None:
         click.echo(json.dumps({"type": kind, "time": time.time(), **fields}, sort_keys=True), err=True)
 
     def _set_up_logging(self) -> None:
-        handler = _JsonHandler(self._line) if self.log_json else logging.StreamHandler(sys.stderr)
+        handler: logging.Handler = _JsonHandler(self._line)
         if not self.log_json:
+            handler = journal.JournalHandler() if self._journal else logging.StreamHandler(sys.stderr)
             handler.setFormatter(logging.Formatter("%(message)s"))
-        levels = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
+        # The journal keeps what is of no importance too, and shows it to who asks.
+        levels = {-1: logging.ERROR, 0: logging.INFO if self._journal else logging.WARNING, 1: logging.INFO}
         log.handlers = [handler]
         log.propagate = False
         log.setLevel(levels.get(self.verbosity, logging.DEBUG))

@@ -33,6 +33,7 @@ from blockferry.progress import Progress
 from blockferry.repository import Repository
 from blockferry.snapshot import WHOLE, Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 from blockferry.state import exclusive, state_directory
+from blockferry.systemd import journal
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class SharedResult:
 
     snapshot: Snapshot
     record: Record
+    repository: str
+    """The reference of that with the log, without credentials."""
     hosts: tuple[str, ...]
     shares: int
     bytes_logged: int
@@ -61,6 +64,7 @@ class SharedResult:
             "version": 1,
             "snapshot": self.snapshot.id,
             "archive": self.snapshot.archive,
+            "repository": self.repository,
             "volume": self.record.volume,
             "tier": self.record.tier.value,
             "tier_reason": self.record.tier_reason,
@@ -100,6 +104,7 @@ def back_up_shared(
         used, tier, reason = _used_within(manager, volume, _SECONDS_TO_LIST)
         record = _describe(volume, used, tier, reason, copies, still=coordinator.filesystems_still)
         coordinator.open()
+        journal.about(volume=volume.name, snapshot=record.snapshot)
         seconds_held = time.monotonic() - held
         log.info("%s: as at %s, held for %.3f s", volume.path, record.created, seconds_held)
         with _taken_back(copies) as stored:
@@ -115,6 +120,7 @@ def back_up_shared(
     result = SharedResult(
         closing.snapshot,
         record,
+        logs.reference,
         coordinator.epoch.hosts,
         len(stored),
         logged.extents.total,

@@ -111,7 +111,7 @@ def serve(request: Request) -> None:
             _guarding(request, index) as guarding,
             service.listening(place) as listener,
         ):
-            service.notify_systemd(b"READY=1")
+            service.notify_systemd("READY=1")
             guarding.keep(listener)
     except service.StopError:
         return

@@ -36,6 +36,8 @@ class Configuration:
     file: str = ""
     repository: str = ""
     """The reference for what has none of its own; "" if none is named. Volumes and groups hold it already."""
+    metrics: str = ""
+    """The directory for files of metrics; "" for none."""
     volumes: Mapping[str, NamedVolume] = dataclasses.field(default_factory=dict, hash=False)
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, hash=False)
 

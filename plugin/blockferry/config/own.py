@@ -1,4 +1,4 @@
-"""blockferry's own format: YAML with `repository`, `volumes` and `groups`.
+"""blockferry's own format: YAML with `repository`, `volumes`, `groups` and `metrics`.
 
 repository: borg:/srv/borg
 volumes:
@@ -24,13 +24,16 @@ from blockferry.hookspecs import hookimpl
 def blockferry_load_config(path: str) -> Configuration:
     """Read any file: this is the last that is asked."""
     mapping = _parse(path)
-    top = Section(mapping, _places(path, mapping, ""), ("repository", "volumes", "groups"))
-    repository = top.text("repository")
+    top = Section(mapping, _places(path, mapping, ""), ("repository", "volumes", "groups", "metrics"))
+    repository, metrics = top.text("repository"), top.text("metrics")
+    if metrics and not metrics.startswith("/"):
+        raise top.wrong("metrics", f"{metrics} is not absolute", "Write the whole path of a directory.")
     volumes, groups = top.mapping("volumes"), top.mapping("groups")
     named = {name: _volume(path, volumes, name, repository) for name in volumes}
     return Configuration(
         file=path,
         repository=repository,
+        metrics=metrics,
         volumes=named,
         groups={name: _group(path, groups, name, named, repository) for name in groups},
     )

@@ -42,6 +42,7 @@ from blockferry.repository import Base, Repository, plan
 from blockferry.sets import without_shares
 from blockferry.snapshot import Record, Snapshot, Stability, Tier, find, new_snapshot_id, now
 from blockferry.state import locked
+from blockferry.systemd import journal
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,17 @@ def back_up_groups(
         disk = held.enter_context(_disk(planned))
         for (job, (earlier, _reason)), each in zip(begun, planned, strict=True):
             try:
-                yield each.store(disk)
+                done = each.store(disk)
             except (BaseUnusableError, DamagedSnapshotError) as error:
                 if earlier is None:
                     raise
                 log.warning("%s; reading every file", error.message)
                 with job.planned(None, error.message) as whole, _disk([whole]) as own:
-                    yield whole.store(own)
+                    done = whole.store(own)
+            manager.hook.blockferry_snapshot_stored(
+                snapshot=done.result.snapshot, record=done.result.record, statistics=done.as_json()
+            )
+            yield done
 
 
 @contextlib.contextmanager
@@ -201,6 +206,7 @@ class GroupPlan:
     def store(self, disk: Layer | None) -> GroupResult:
         """Store the group, of which `disk` has the content that has an address."""
         job, record, packed = self.job, self.record, self.packed
+        journal.about(volume=record.volume, snapshot=record.snapshot)
         look = SecondLook(job.scope.root, self.walker, self.walked, packed)
         sealed: list[bytearray] = []
 
@@ -217,7 +223,8 @@ class GroupPlan:
             stored = job.repository.store(image, packed.block_map, record, bases=bases, advance=advance)
         remember_table(stored.snapshot, sealed[0])
         seconds = time.monotonic() - job.started
-        result = Result(stored.snapshot, record, image.bytes_read, 0, stored.bytes_stored, seconds)
+        where = job.repository.reference
+        result = Result(stored.snapshot, record, where, image.bytes_read, 0, stored.bytes_stored, seconds)
         problems = (*job.scope.missing(), *self.walked.problems, *look.problems)
         return GroupResult(result, len(packed.table), problems)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,45 +12,10 @@ from blockferry.errors import UsageError
 from blockferry.groups.definition import Group
 from blockferry.groups.oncalendar import EXAMPLES, Calendar
 from blockferry.programs import find, look_for
+from blockferry.systemd import units
 
-SERVICE = "blockferry-backup@.service"
-_WRITTEN = "Written by `blockferry schedule install`."
-
-_SERVICE = """\
-# Backs up the group %i. {written}
-[Unit]
-Description=Backup of the group %i
-Wants=network-online.target
-After=network-online.target
-
-[Service]
-# Not oneshot: one of those cannot be restarted by its exit status alone.
-Type=exec
-# Where borg and restic keep what they know, as for whoever installed it.
-Environment=HOME=%h
-{environment}# Where the passphrase comes from: BORG_PASSCOMMAND=..., RESTIC_PASSWORD_FILE=..., and the like.
-EnvironmentFile=-/etc/blockferry/environment
-ExecStart={command} backup %i
-# The repository is locked, or another backup is running.
-RestartForceExitStatus=75
-RestartSec=300
-"""
-
-_TIMER = """\
-# When the group {name} is backed up. {written}
-[Unit]
-Description=Backup of the group {name} by its schedule
-
-[Timer]
-OnCalendar={schedule}
-# What was missed while the machine was down is made up for, once.
-Persistent=true
-# Hosts that share a repository do not all begin at the same second.
-RandomizedDelaySec=60
-
-[Install]
-WantedBy=timers.target
-"""
+SERVICE = units.BACKUP
+_WRITTEN = units.written_by("schedule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +28,7 @@ class Changes:
 
 def timer(group: str) -> str:
     """Return the file name of a group's timer."""
-    return f"blockferry-backup@{group}.timer"
+    return units.TIMER.replace("@", f"@{group}")
 
 
 def install(groups: Iterable[Group], directory: Path, config: str) -> Changes:
@@ -114,17 +78,12 @@ def check(group: Group) -> None:
 
 def service(command: str, config: str) -> str:
     """Return the template of the service: `command` runs us."""
-    named = {"BLOCKFERRY_CONFIG": config, "BLOCKFERRY_STATE_DIR": os.environ.get("BLOCKFERRY_STATE_DIR", "")}
-    environment = "".join(
-        f"Environment={systemd.quoted(f'{name}={os.path.abspath(value)}')}\n"  # noqa: PTH100  # a link stays one
-        for name, value in named.items()
-        if value
-    )
-    return _SERVICE.format(written=_WRITTEN, environment=environment, command=systemd.quoted(command))
+    named = units.own_environment(config)
+    return units.text(SERVICE, _WRITTEN, command=systemd.quoted(command), environment=named)
 
 
 def _timer(group: Group) -> str:
-    return _TIMER.format(written=_WRITTEN, name=group.name, schedule=group.schedule)
+    return units.text(units.TIMER, _WRITTEN, name=group.name, schedule=group.schedule)
 
 
 def _ours(directory: Path) -> list[Path]:
@@ -133,14 +92,14 @@ def _ours(directory: Path) -> list[Path]:
     return [path for path in found if path.is_file() and _WRITTEN in path.read_text(errors="replace")]
 
 
-def _remove(units: list[Path], directory: Path) -> list[Path]:
+def _remove(files: list[Path], directory: Path) -> list[Path]:
     """Stop timers and remove units."""
-    timers = [path.name for path in units if path.name != SERVICE]
+    timers = [path.name for path in files if path.name != SERVICE]
     if timers and _is_read(directory):
         _systemctl("disable", "--now", *timers)
-    for path in units:
+    for path in files:
         path.unlink()
-    return units
+    return files
 
 
 def _is_read(directory: Path) -> bool:

@@ -37,7 +37,7 @@ from blockferry.hot.movable import MovableDisk, movable
 from blockferry.hot.source import Source
 from blockferry.hot.state import block_size_for
 from blockferry.joined import repository_with_log
-from blockferry.manager import plugin_manager
+from blockferry.manager import plugin_manager, tell
 from blockferry.repository import Repository
 from blockferry.snapshot import Snapshot, find
 
@@ -49,6 +49,8 @@ _LOOK_RARELY = 2.0
 """The same when all is there: then only the target could be taken away."""
 _SMALL_UNIT = 256 << 10
 """Bytes that are fetched for somebody who needs a block, where nothing of a larger chunk is lost by that."""
+_TELL_EVERY = 15.0
+"""Seconds between two times that plugins are told how far it is."""
 _RATE_OVER = 5.0
 """Seconds over which the rate is measured."""
 
@@ -67,7 +69,7 @@ def serve(request: Request) -> None:
             service.listening(place) as listener,
             _mounted(restoring, request.mount),  # may take its time: whoever asks meanwhile is answered then
         ):
-            service.notify_systemd(b"READY=1")
+            service.notify_systemd("READY=1")
             restoring.keep(listener)
     except service.StopError:
         return
@@ -98,6 +100,7 @@ class Restoring:
         self.began = time.monotonic()
         self.failure = ""
         self.not_mounted = ""
+        self.tell_at = 0.0
         self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=round(_RATE_OVER / _LOOK_EVERY))
         self.hydration: Hydration | None = None
         if isinstance(cache, TargetCache) and not cache.about.finished:
@@ -119,12 +122,22 @@ class Restoring:
                     service.answer_next(listener, self._answer)
                 self._refuse_to_go_on_without_target()
                 self.samples.append((time.monotonic(), self.source.bytes_fetched))
+                if time.monotonic() >= self.tell_at:
+                    self.tell()
                 if self.hydration and self.hydration.complete.is_set() and not self.failure:
                     self._finish()
                 if self._can_move():
                     self._move()
                 if self.shown.moved:
                     return
+
+    def tell(self, *, ended: bool = False) -> None:
+        """Tell systemd and plugins how far it is."""
+        self.tell_at = time.monotonic() + _TELL_EVERY
+        said = self.status()
+        share = 100 * said.get("hydrated", 0) // (said.get("total") or 1)
+        service.notify_systemd(f"STATUS=snapshot {self.snapshot.id} at {self.shown.device}, {share} % there")
+        tell(self.manager.hook.blockferry_restore_progress, statistics=said, ended=ended)
 
     def _refuse_to_go_on_without_target(self) -> None:
         """End if the target is gone, so that it can be taken up again when it is back."""
@@ -242,6 +255,7 @@ def _restoring(manager: pluggy.PluginManager, repository: Repository, request: R
         try:
             yield restoring
         finally:
+            restoring.tell(ended=True)
             restoring.exports.stop()
             source.stop_waiting()
             if restoring.hydration:

@@ -16,12 +16,13 @@ from blockferry import systemd
 from blockferry.errors import ToolMissingError
 from blockferry.hot.arming import KINDS, VALUE_CHARACTERS, Match
 from blockferry.programs import find, package_of
+from blockferry.systemd import units
 
 if TYPE_CHECKING:
     import pyudev
 
 RULE_FILE = "90-blockferry.rules"
-UNIT_FILE = "blockferry-restore@.service"
+UNIT_FILE = units.RESTORE
 _RULES = Path("etc/udev/rules.d", RULE_FILE)
 _UNITS = Path("etc/systemd/system", UNIT_FILE)
 _OUR_DISKS = "*/blockferry/mounts/hot-*"
@@ -50,30 +51,6 @@ ENV{{DEVTYPE}}=="{type}", ENV{{{property}}}=="?*", ENV{{{property}}}!="*[!{chara
   GOTO="blockferry_armed"
 """
 
-_UNIT = """\
-# Restores onto the device that was armed as %i, while it is in use. Written by `blockferry udev install`.
-[Unit]
-Description=Hot restore onto the device armed as %i
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-# Where borg and restic keep what they know, as for whoever armed it.
-Environment=HOME=%h
-{environment}# Where the passphrase comes from: BORG_PASSCOMMAND=..., RESTIC_PASSWORD_FILE=..., and the like.
-EnvironmentFile=-/etc/blockferry/environment
-ExecStart={command} udev restore %i
-TimeoutStartSec=600
-KillMode=mixed
-OOMScoreAdjust=-900
-# A device that is refused (1) is so until somebody looks at it; a repository may answer later (75).
-Restart=on-failure
-RestartPreventExitStatus=1 2
-RestartSec=30
-"""
-
 
 def rule(state: Path) -> str:
     """Return udev's rule for what is armed below the state directory `state`."""
@@ -92,8 +69,11 @@ def rule(state: Path) -> str:
 
 def unit(command: str, state: str) -> str:
     """Return systemd's template: `command` runs us, `state` is the state directory if it is not the usual one."""
-    environment = f"Environment={systemd.quoted(f'BLOCKFERRY_STATE_DIR={state}')}\n" if state else ""
-    return _UNIT.format(command=systemd.quoted(command) if "/" in command else command, environment=environment)
+    named = units.environment(
+        BLOCKFERRY_STATE_DIR=state, BLOCKFERRY_METRICS_DIR=os.environ.get("BLOCKFERRY_METRICS_DIR", "")
+    )
+    command = systemd.quoted(command) if "/" in command else command
+    return units.text(UNIT_FILE, units.written_by("udev"), command=command, environment=named)
 
 
 def install(root: Path | None) -> list[Path]:

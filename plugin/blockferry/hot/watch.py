@@ -98,7 +98,7 @@ def watch(*, once: bool) -> Iterator[list[dict[str, Any]]]:
     monitor.filter_by("block")
     monitor.set_receive_buffer_size(_RECEIVE_BUFFER)
     monitor.start()
-    service.notify_systemd(b"READY=1")
+    service.notify_systemd("READY=1")
     watching = Watch()
     yield watching.look()
     while not once:

@@ -229,7 +229,7 @@ def serve(path: str) -> None:
             contextlib.closing(Tracking(path, numbers)) as tracking,
             service.listening(place) as listener,
         ):
-            service.notify_systemd(b"READY=1")
+            service.notify_systemd("READY=1")
             log.info("%s: what is written to it is being tracked", path)
             _answer_all(tracking, listener)
     except service.StopError:
