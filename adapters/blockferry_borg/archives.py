@@ -13,7 +13,6 @@ from blockferry.snapshot import Record, Snapshot
 log = logging.getLogger(__name__)
 
 IMAGE_NAME = "volume.img"
-COMPRESSION_VARIABLE = "BLOCKFERRY_BORG_COMPRESSION"
 _COMMENT = "blockferry "
 _LISTED = ("snapshot", "volume", "tier", "size", "base", "part", "state_of", "share_of", "closing", "created")
 

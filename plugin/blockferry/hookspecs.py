@@ -8,7 +8,7 @@ An exception aborts the whole command: it never counts as an answer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +131,12 @@ def blockferry_load_config(path: str) -> Configuration | None:
 
 
 @hookspec(firstresult=True)
-def blockferry_open_repository(reference: str) -> Repository | None:
+def blockferry_open_repository(reference: str, environment: Mapping[str, str]) -> Repository | None:
     """Return the repository that a reference names. Stops at the first answer.
 
     :param reference: what the user wrote after `--repo`, for example `borg:ssh://nas/./vms` or `restic:/srv/restic`.
+    :param environment: the variables that the repository's tool is to find, credentials among them: `os.environ`, or
+        what another tool's configuration makes of it. Never to be shown.
     """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 
 import pluggy
 
@@ -62,9 +64,13 @@ def plugin_manager() -> pluggy.PluginManager:
     return manager
 
 
-def repository_named(manager: pluggy.PluginManager, reference: str) -> Repository:
+def repository_named(
+    manager: pluggy.PluginManager, reference: str, environment: Mapping[str, str] = os.environ
+) -> Repository:
     """Return the repository that a reference names; raise UsageError if no plugin knows such references."""
-    repository: Repository | None = manager.hook.blockferry_open_repository(reference=reference)
+    repository: Repository | None = manager.hook.blockferry_open_repository(
+        reference=reference, environment=environment
+    )
     if repository is None:
         raise UsageError(
             f"{mask(reference)}: not a repository reference",
