@@ -53,7 +53,7 @@ class CommandRepository:
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self, borg: Borg, words: Words) -> None:
-        self.reference = borg.where
+        self.reference = self.named = borg.where
         self.borg = borg
         self.words = words
 

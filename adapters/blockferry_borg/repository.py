@@ -41,7 +41,7 @@ class WorkerRepository:
 
     def __init__(self, location: str, installation: Installation, environment: BorgEnvironment) -> None:
         """Work on the repository that borg calls `location`; it is not opened yet."""
-        self.reference = f"borg:{without_credentials(location)}"
+        self.reference = self.named = f"borg:{without_credentials(location)}"
         self._location = location
         self._installation = installation
         self._environment = environment

@@ -52,7 +52,7 @@ class ResticRepository:
     capabilities = frozenset({"reuse", "concurrent", "parallel"})
 
     def __init__(self, restic: Restic) -> None:
-        self.reference = restic.location.reference
+        self.reference = self.named = restic.location.reference
         self._restic = restic
         self._memory = Memory(restic.location.reference)
         self._reader: RepositoryReader | None = None
