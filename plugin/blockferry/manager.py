@@ -17,6 +17,8 @@ BUILTIN = (
     # A plugin registered later is asked earlier: each list reads from the last resort to the first choice.
     "blockferry.config.own",
     "blockferry.config.borgmatic",
+    "blockferry.config.resticprofile",
+    "blockferry.config.autorestic",
     "blockferry.freeze.live",
     "blockferry.freeze.fsfreeze",
     "blockferry.freeze.reflink",
@@ -75,7 +77,7 @@ def repository_named(
     if repository is None:
         raise UsageError(
             f"{mask(reference)}: not a repository reference",
-            remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
+            remedy="Write borg:PATH-OR-URL, restic:PATH-OR-URL, or borgmatic:FILE#LABEL and the like: borg:/srv/borg.",
         )
     return repository
 

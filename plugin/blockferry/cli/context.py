@@ -15,6 +15,7 @@ import pluggy
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
 from blockferry.config.configuration import Configuration, load_configuration
+from blockferry.config.reference import absolute
 from blockferry.errors import UsageError
 from blockferry.joined import repository_with_log
 from blockferry.manager import plugin_manager
@@ -45,8 +46,11 @@ class Context:
         return load_configuration(self.manager, self.config)
 
     def reference(self, reference: str | None) -> str:
-        """Return a reference, or else the one that the configuration names, or else the environment."""
-        return reference or self.configuration.repository or reference_from_environment()
+        """Return a reference, or else the one that the configuration names, or else the environment.
+
+        It is understood from any directory if it is into another tool's file.
+        """
+        return absolute(reference or self.configuration.repository or reference_from_environment())
 
     @contextlib.contextmanager
     def repository(self, reference: str | None, log_reference: str | None = None) -> Iterator[Repository]:
@@ -83,7 +87,8 @@ def repository_option(function: Decorated) -> Decorated:
         "--repo",
         "reference",
         metavar="REF",
-        help="borg:PATH-OR-URL or restic:PATH-OR-URL; else as configured, or BORG_REPO or RESTIC_REPOSITORY.",
+        help="borg:PATH-OR-URL, restic:PATH-OR-URL, borgmatic:FILE#LABEL, resticprofile:FILE#PROFILE or "
+        "autorestic:FILE#BACKEND; else as configured, or BORG_REPO or RESTIC_REPOSITORY.",
     )(function)
 
 

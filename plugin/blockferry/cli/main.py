@@ -42,6 +42,7 @@ COMMANDS = {
     "guard": "guard",
     "cluster": "cluster",
     "schedule": "schedule",
+    "config": "config",
     "doctor": "admin",
     "catalog": "admin",
 }

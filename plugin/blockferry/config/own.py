@@ -62,13 +62,16 @@ def understand(path: str, mapping: Mapping[Any, Any], below: Below, *, repositor
         if group := _attempt(entry, read_group, mistakes):
             read_groups[name] = group
     raise_all(mistakes)
-    return Configuration(file=path, repository=repository, volumes=named, groups=read_groups)
+    return Configuration(file=path, repository=repository, volumes=named, groups=read_groups, below=below)
 
 
 def _attempt(
     own: dict[Any, Any] | None, read: Callable[[dict[Any, Any]], Read], mistakes: list[ConfigurationError]
 ) -> Read | None:
-    """Return what `read` makes of a mapping; None if that is wrong. After a mistake it looks on without its key."""
+    """Return what `read` makes of a mapping; None if that is wrong. After a mistake it looks on without its key.
+
+    A group without a volume would not be looked at any further: it gets one.
+    """
     good = True
     while own is not None:
         try:
@@ -76,9 +79,12 @@ def _attempt(
         except ConfigurationError as error:
             good = False
             mistakes.append(error)
-            if error.key not in own:
+            if error.key == "volume" and own.get("volume") != "/":
+                own["volume"] = "/"
+            elif error.key in own:
+                del own[error.key]
+            else:
                 return None
-            del own[error.key]
         else:
             return result if good else None
     return None
