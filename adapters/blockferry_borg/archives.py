@@ -9,6 +9,8 @@ import re
 from blockferry.blockmap import BlockMap
 from blockferry.errors import DamagedSnapshotError
 from blockferry.snapshot import Record, Snapshot
+from blockferry_borg.environment import NAME_VARIABLE, BorgEnvironment
+from blockferry_borg.naming import named
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,10 @@ def plain_volume(record: Record) -> str:
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", record.volume)
 
 
-def archive_name(record: Record) -> str:
+def archive_name(record: Record, environment: BorgEnvironment) -> str:
     """Return what the archive of a snapshot is called."""
+    if template := environment.variables.get(NAME_VARIABLE):
+        return named(template, environment.variables, volume=plain_volume(record), snapshot=record.snapshot)
     return f"{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
 
 

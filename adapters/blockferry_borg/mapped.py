@@ -64,7 +64,7 @@ class MappedRepository(CommandRepository):
         self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Store an image and its description as two archives; borg takes chunks over from one base at most."""
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self.borg.environment), comment_for(record)
         unfinished, description = f"{name}.checkpoint", self.words.described_in(name)
         planned = plan(block_map, record, bases)
         used = planned.extents(Kind.DATA, Kind.SAME)

@@ -90,7 +90,7 @@ class WorkerRepository:
     ) -> Stored:
         """Store an image as one archive; chunks that are the same are referred to by their ids."""
         planned = plan(block_map, record, bases)
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self._environment), comment_for(record)
         with self._worker() as worker:
             worker.ask(
                 op="store",

@@ -58,7 +58,7 @@ class StandaloneRepository(CommandRepository):
         self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Store an image as one archive; what is the same is read like everything else, so `source` must have it."""
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self.borg.environment), comment_for(record)
         unfinished = f"{name}.checkpoint"
         data = plan(block_map, record, bases).extents(Kind.DATA, Kind.SAME)
         files = {

@@ -13,9 +13,11 @@ from rich.filesize import decimal
 from blockferry.backup import Result, back_up
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import log
+from blockferry.config.reference import is_foreign
 from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.hookspecs import FreezeOptions
+from blockferry.repository import Repository
 from blockferry.volume import Volume
 
 if TYPE_CHECKING:
@@ -51,6 +53,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compare so many pieces that did not change with the earlier snapshot.",
 )
+@click.option(
+    "--no-job",
+    is_flag=True,
+    help="Without the hooks, monitoring and retention of the tool whose file names the repository.",
+)
 @json_option
 @click.pass_obj
 def backup(
@@ -65,6 +72,7 @@ def backup(
     incremental: bool,
     tracker: str,
     sample: int,
+    no_job: bool,
 ) -> None:
     """Store VOLUME as one snapshot: the blocks in use, of which those are read that changed since an earlier one.
 
@@ -79,21 +87,27 @@ def backup(
             raise UsageError(
                 "--due takes no volume or repository", remedy="The configuration says what is due, and where to."
             )
-        _groups().back_up_due(context)
+        _groups().back_up_due(context, job=not no_job)
         return
     if not volume:
         raise UsageError("no volume or group was named", remedy="Name one, or say --due for the groups that are due.")
     only = {"--name": name, "--fsfreeze": fsfreeze, "--allow-live": allow_live, "--incremental": incremental}
     group = _named_group(context, volume, only | {"--tracker": tracker})
     if group:
-        _groups().back_up_one(context, group, reference, since)
+        _groups().back_up_one(context, group, reference, since, job=not no_job)
         return
     configured = None if "/" in volume else context.configuration.volumes.get(volume)
     if configured:
         volume, name, reference = configured.path, name or volume, reference or configured.repository
     found = Volume.discover(volume, name)
-    with context.repository(reference) as repository:
-        result = back_up(
+    if incremental and not no_job and is_foreign(context.reference(reference)):
+        raise UsageError(
+            "--incremental: the tool whose file names the repository would remove what the part lies on",
+            remedy="Leave it out: what did not change is not stored anew; or say --no-job.",
+        )
+
+    def store(repository: Repository) -> Result:
+        made = back_up(
             context.manager,
             found,
             repository,
@@ -101,8 +115,12 @@ def backup(
             choice=Choice(since=since, tracker=tracker, incremental=incremental, sample=sample),
             progress=context.output,
         )
-        remember(context, repository.reference, result)
+        remember(context, repository.reference, made)
+        return made
+
+    result = context.back_up(reference, found.name, store, job=not no_job)
     context.output.result(result.as_json(), lambda: _sentence(result))
+    context.complain()
 
 
 def remember(context: Context, reference: str, result: Result | SharedResult) -> None:

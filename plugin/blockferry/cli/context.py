@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import pluggy
@@ -16,13 +16,15 @@ from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
 from blockferry.config.configuration import Configuration, load_configuration
 from blockferry.config.reference import absolute
-from blockferry.errors import UsageError
+from blockferry.errors import BlockferryError, UsageError
+from blockferry.hookspecs import Job
 from blockferry.joined import repository_with_log
 from blockferry.manager import plugin_manager
 from blockferry.repository import Repository
 from blockferry.state import state_directory
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 _ENVIRONMENT = {"borg": ("BORG_REPO",), "restic": ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")}
 
@@ -34,6 +36,8 @@ class Context:
     output: Output
     config: str | None = None
     """The configuration file that `--config` names."""
+    problems: list[BlockferryError] = dataclasses.field(default_factory=list)
+    """What went wrong although a snapshot was stored."""
 
     @functools.cached_property
     def manager(self) -> pluggy.PluginManager:
@@ -61,6 +65,29 @@ class Context:
         named = self.reference(reference)
         with contextlib.closing(repository_with_log(self.manager, named, log_reference)) as repository:
             yield repository
+
+    def back_up(
+        self, reference: str | None, volume: str, store: Callable[[Repository], Result], *, job: bool
+    ) -> Result:
+        """Make a backup in the repository that is named, within the job of the tool whose file names it, if one does.
+
+        With `job` false by itself in any case. What goes wrong after the snapshot is stored is noted in `problems`.
+        """
+        named = self.reference(reference)
+        if job:
+            done: Job | None = self.manager.hook.blockferry_run_as_job(
+                reference=named, environment=os.environ, volume=volume, store=store
+            )
+            if done:
+                self.problems += [done.problem] if done.problem else []
+                return cast("Result", done.result)
+        with self.repository(named) as repository:
+            return store(repository)
+
+    def complain(self) -> None:
+        """Raise the first of the problems, once the results are told."""
+        if self.problems:
+            raise self.problems[0]
 
     @contextlib.contextmanager
     def catalog(self) -> Iterator[Catalog]:

@@ -15,6 +15,7 @@ from blockferry.chain import delete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
+from blockferry.config.reference import is_foreign
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
 from blockferry.groups.backup import GroupResult, back_up_groups
@@ -33,14 +34,14 @@ from blockferry.sets import without_shares
 _MOST_SHOWN = 20
 
 
-def back_up_due(context: Context) -> None:
+def back_up_due(context: Context, *, job: bool) -> None:
     """Back up the groups whose time has come; those on one filesystem in one go."""
     groups = due(context.configuration.groups.values(), last_runs(), datetime.datetime.now(datetime.UTC))
     done: list[dict[str, Any]] = []
     errors: list[BlockferryError] = []
     for together in _by_filesystem(groups):
         try:
-            done += [result.as_json() for result in back_up(context, together, None, "latest")]
+            done += [result.as_json() for result in back_up(context, together, None, "latest", job=job)]
         except BlockferryError as error:
             errors.append(error)
             done += [{"group": group.name, "error": error.message} for group in together]
@@ -52,35 +53,54 @@ def back_up_due(context: Context) -> None:
     _complain([problem["path"] for each in done for problem in each.get("problems", [])])
 
 
-def back_up_one(context: Context, group: Group, reference: str | None, since: str) -> None:
+def back_up_one(context: Context, group: Group, reference: str | None, since: str, *, job: bool) -> None:
     """Back up a group that was named."""
-    (result,) = back_up(context, [group], reference, since)
+    (result,) = back_up(context, [group], reference, since, job=job)
     context.output.result(result.as_json(), lambda: _sentence(result))
     _complain([os.fsdecode(path) for path, _reason in result.problems])
 
 
-def back_up(context: Context, groups: Sequence[Group], reference: str | None, since: str) -> list[GroupResult]:
+def back_up(
+    context: Context, groups: Sequence[Group], reference: str | None, since: str, *, job: bool
+) -> list[GroupResult]:
+    """Back up groups that are on one filesystem: each whose repository another tool's file names within a job of its own.
+
+    With `job` false, none.
+    """
+    own = [each for each in groups if job and is_foreign(context.reference(reference or each.repository))]
+    results = []
+    for group in own:
+
+        def store(repository: Repository, group: Group = group) -> list[GroupResult]:
+            return _back_up(context, [(group, repository)], since)
+
+        results += context.back_up(reference or group.repository, group.name, store, job=True)
+    others = [each for each in groups if each not in own]
+    with contextlib.ExitStack() as opened:
+        repositories: dict[str, Repository] = {}
+        for group in others:
+            named = context.reference(reference or group.repository)
+            if named not in repositories:
+                repository = repository_named(context.manager, named)
+                repositories[named] = opened.enter_context(contextlib.closing(repository))
+        wanted = [(each, repositories[context.reference(reference or each.repository)]) for each in others]
+        return results + (_back_up(context, wanted, since) if wanted else [])
+
+
+def _back_up(context: Context, wanted: Sequence[tuple[Group, Repository]], since: str) -> list[GroupResult]:
     """Back up groups that are on one filesystem, remove what their rules do not keep, and remember that they ran."""
     began = datetime.datetime.now(datetime.UTC)
     results: list[GroupResult] = []
     try:
-        with contextlib.ExitStack() as opened:
-            repositories: dict[str, Repository] = {}
-            for group in groups:
-                named = context.reference(reference or group.repository)
-                if named not in repositories:
-                    repository = repository_named(context.manager, named)
-                    repositories[named] = opened.enter_context(contextlib.closing(repository))
-            wanted = [(group, repositories[context.reference(reference or group.repository)]) for group in groups]
-            for (group, repository), result in zip(
-                wanted, back_up_groups(context.manager, wanted, since=since, progress=context.output), strict=True
-            ):
-                results.append(result)
-                remember(context, repository.reference, result.result)
-                record_run(group.name, began, ok=True)
-                _thin_out(group, repository)
+        for (group, repository), result in zip(
+            wanted, back_up_groups(context.manager, wanted, since=since, progress=context.output), strict=True
+        ):
+            results.append(result)
+            remember(context, repository.reference, result.result)
+            record_run(group.name, began, ok=True)
+            _thin_out(group, repository)
     finally:
-        for group in groups[len(results) :]:
+        for group, _repository in wanted[len(results) :]:
             record_run(group.name, began, ok=False)
     return results
 

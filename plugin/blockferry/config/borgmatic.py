@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from blockferry.config.reference import ForeignReference
 from blockferry.config.section import QUOTE, ConfigurationError, nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hookspecs import hookimpl
+from blockferry.hookspecs import Job, hookimpl
 from blockferry.manager import mask, repository_named
 
 if TYPE_CHECKING:
@@ -81,6 +81,19 @@ class Borgmatic:
         assert named  # noqa: S101  # it begins like one
         location, told = resolve(named, environment)
         return open_told(self._manager, named, location, told)
+
+    @hookimpl
+    def blockferry_run_as_job(
+        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
+    ) -> Job | None:
+        """Run borgmatic, with the backup in the place of its own."""
+        if not reference.startswith(f"{TOOL}:"):
+            return None
+        from blockferry.config.borgmatic_job import run_job  # noqa: PLC0415  # it needs this module
+
+        named = ForeignReference.parse(reference)
+        assert named  # noqa: S101  # it begins like one
+        return run_job(self._manager, named, environment, volume, store)
 
 
 def plugin(manager: pluggy.PluginManager) -> Borgmatic:

@@ -44,3 +44,8 @@ def absolute(reference: str) -> str:
     """Return a reference as it is understood from any directory, if it is one of these."""
     found = ForeignReference.parse(reference)
     return str(found) if found else reference
+
+
+def is_foreign(reference: str) -> bool:
+    """Tell whether a reference is into the configuration of another tool."""
+    return reference.partition(":")[0] in TOOLS
