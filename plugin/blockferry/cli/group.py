@@ -50,6 +50,7 @@ def back_up_due(context: Context, *, job: bool) -> None:
         raise errors[0]
     if errors:
         raise BlockferryError("; ".join(error.message for error in errors))
+    context.complain()
     _complain([problem["path"] for each in done for problem in each.get("problems", [])])
 
 
@@ -57,15 +58,16 @@ def back_up_one(context: Context, group: Group, reference: str | None, since: st
     """Back up a group that was named."""
     (result,) = back_up(context, [group], reference, since, job=job)
     context.output.result(result.as_json(), lambda: _sentence(result))
+    context.complain()
     _complain([os.fsdecode(path) for path, _reason in result.problems])
 
 
 def back_up(
     context: Context, groups: Sequence[Group], reference: str | None, since: str, *, job: bool
 ) -> list[GroupResult]:
-    """Back up groups that are on one filesystem: each whose repository another tool's file names within a job of its own.
+    """Back up groups that are on one filesystem.
 
-    With `job` false, none.
+    With `job` each whose repository another tool's file names is backed up within a job of that tool's.
     """
     own = [each for each in groups if job and is_foreign(context.reference(reference or each.repository))]
     results = []
@@ -74,7 +76,12 @@ def back_up(
         def store(repository: Repository, group: Group = group) -> list[GroupResult]:
             return _back_up(context, [(group, repository)], since)
 
-        results += context.back_up(reference or group.repository, group.name, store, job=True)
+        began = datetime.datetime.now(datetime.UTC)
+        try:
+            results += context.back_up(reference or group.repository, group.name, store, job=True)
+        except BlockferryError:
+            record_run(group.name, began, ok=False)
+            raise
     others = [each for each in groups if each not in own]
     with contextlib.ExitStack() as opened:
         repositories: dict[str, Repository] = {}

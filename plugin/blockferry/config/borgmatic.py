@@ -192,6 +192,8 @@ def settings(
     merged = {**shown, **repository}
     said = {
         "BLOCKFERRY_BORG": borg,
+        # Not as usual: `VOLUME-...` may be what borgmatic prunes, if the volume is called like the host.
+        "BLOCKFERRY_BORG_ARCHIVE_NAME": "{volume}+{now}-{snapshot}",
         "BLOCKFERRY_BORG_COMPRESSION": str(merged.get("compression") or ""),
         "BLOCKFERRY_BORG_UMASK": _after(call.words, "--umask"),
         "BLOCKFERRY_LOCK_WAIT": _after(call.words, "--lock-wait"),

@@ -4,9 +4,9 @@
 it calls borg we stand (`standing_in.py`): `borg create` is the backup of the volume, `borg prune` is confined to the
 volume's own series, everything else is borg's.
 
-Series: an archive is called VOLUME+FORMAT, where FORMAT is borgmatic's `archive_name_format`. A volume's name has no +,
-so `sh:VOLUME+...*` means no other volume's archives, and borgmatic's pattern for its own, which begins with FORMAT, none
-of ours. Where it is so wide that it would mean ours all the same, nothing is backed up.
+Series: an archive is called VOLUME+FORMAT, where FORMAT is borgmatic's `archive_name_format`. No volume's name has a +:
+`sh:VOLUME+...*` means no other volume's archives, and borgmatic's pattern for its own, which begins with FORMAT, none of
+ours. Where it is so wide that it would mean ours all the same, nothing is backed up.
 """
 
 from __future__ import annotations
