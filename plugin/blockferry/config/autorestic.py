@@ -15,7 +15,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -30,7 +30,7 @@ from blockferry.config.resticprofile import expand, home, options_of, text
 from blockferry.config.section import nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import UsageError
-from blockferry.hookspecs import hookimpl
+from blockferry.hookspecs import Job, hookimpl
 from blockferry.manager import repository_named
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Backend:
 
     def environment(self, around: Mapping[str, str]) -> dict[str, str]:
         """Return the variables that autorestic would have restic find, and the options that it would give."""
-        beside = Path(self.file.path).with_name(".autorestic.env")
-        around = {**(read_environment(str(beside)) if beside.is_file() else {}), **around}
+        around = self.around(around)
         found = {name: value for name, value in around.items() if name != "RESTIC_REPOSITORY_FILE"}
         if self.values.get("key"):
             found["RESTIC_PASSWORD"] = text(self.values["key"])
@@ -64,6 +63,11 @@ class Backend:
         options = [*self.options_of(self.file.mapping.get("global"), "all")]
         options += self.options_of(self.values.get("options"), "all")
         return found | ({"BLOCKFERRY_RESTIC_OPTIONS": shlex.join(options)} if options else {})
+
+    def around(self, around: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables around autorestic, with those of the file beside its own, which override none."""
+        beside = Path(self.file.path).with_name(".autorestic.env")
+        return {**(read_environment(str(beside)) if beside.is_file() else {}), **around}
 
     @staticmethod
     def options_of(options: object, *kinds: str) -> list[str]:
@@ -130,6 +134,19 @@ class Autorestic:
         repository = repository_named(self._manager, "restic:", backend.environment(environment))
         repository.named = str(named)
         return repository
+
+    @hookimpl
+    def blockferry_run_as_job(
+        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
+    ) -> Job | None:
+        """Make the backup between the hooks of the location that is called like the volume, with its retention."""
+        if not reference.startswith(f"{TOOL}:"):
+            return None
+        from blockferry.config.autorestic_job import run_job  # noqa: PLC0415  # it needs this module
+
+        named = ForeignReference.parse(reference)
+        assert named  # noqa: S101  # it begins like one
+        return run_job(self._manager, named, environment, volume, store)
 
 
 def plugin(manager: pluggy.PluginManager) -> Autorestic:

@@ -5,8 +5,8 @@ it calls borg we stand (`standing_in.py`): `borg create` is the backup of the vo
 volume's own series, everything else is borg's.
 
 Series: an archive is called VOLUME+FORMAT, where FORMAT is borgmatic's `archive_name_format`. No volume's name has a +:
-`sh:VOLUME+...*` means no other volume's archives, and borgmatic's pattern for its own, which begins with FORMAT, none of
-ours. Where it is so wide that it would mean ours all the same, nothing is backed up.
+`sh:VOLUME+...*` means no other volume's archives, and borgmatic's pattern for its own, which begins with FORMAT, none
+of ours. Where it is so wide that it would mean ours all the same, nothing is backed up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pluggy
 
 from blockferry.config import borgmatic, standing_in
 from blockferry.config.reference import ForeignReference
+from blockferry.config.restic_job import lies_on_others
 from blockferry.errors import NotNowError, PartialError, RepositoryError, UsageError
 from blockferry.hookspecs import Job
 from blockferry.repository import Repository
@@ -53,9 +54,12 @@ def run_job(
     if "prune" in actions:
         _check_apart(named, merged, form, series)
     results: list[object] = []
+    parts: list[str] = []
 
     def answer(call: standing_in.Call, take: standing_in.Take) -> standing_in.Run | standing_in.Done:
         words = list(call.words)
+        if words[:1] == ["prune"] and parts:
+            return standing_in.Done(said="nothing is pruned: there are parts, which lie on earlier snapshots")
         if words[:1] == ["prune"]:
             return standing_in.Run([borg, *confined(words, series, form)])
         if words[:1] != ["create"]:
@@ -67,6 +71,7 @@ def run_job(
         location = borgmatic.located(repository, call)
         with contextlib.closing(borgmatic.open_told(manager, named, location, told)) as opened:
             results.append(store(opened))
+            parts.extend([volume] if lies_on_others(opened, volume) else [])
         return standing_in.Done()
 
     words = ["--config", named.file, *_without_other_sources(merged), *actions]

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from blockferry.config.reference import ForeignReference
 from blockferry.config.section import nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import UsageError
-from blockferry.hookspecs import hookimpl
+from blockferry.hookspecs import Job, hookimpl
 from blockferry.manager import repository_named
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Profile:
     values: Mapping[str, Any] = dataclasses.field(repr=False)
     settings: Mapping[str, Any] = dataclasses.field(repr=False)
     """The section `global`."""
+    version: str = "1"
+    """Of the file's format."""
 
     def environment(self, around: Mapping[str, str]) -> dict[str, str]:
         """Return the variables that restic is to find: those around it, of the profile's files, and of the profile."""
@@ -124,6 +126,19 @@ class Resticprofile:
         repository.named = str(named)
         return repository
 
+    @hookimpl
+    def blockferry_run_as_job(
+        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
+    ) -> Job | None:
+        """Make the backup between the commands of a profile, with its tags, checks and retention."""
+        if not reference.startswith(f"{TOOL}:"):
+            return None
+        from blockferry.config.resticprofile_job import run_job  # noqa: PLC0415  # it needs this module
+
+        named = ForeignReference.parse(reference)
+        assert named  # noqa: S101  # it begins like one
+        return run_job(self._manager, named, environment, volume, store)
+
 
 def plugin(manager: pluggy.PluginManager) -> Resticprofile:
     """Return the plugin, which needs the manager that it is registered with."""
@@ -151,7 +166,7 @@ def profile_of(named: ForeignReference) -> Profile:
     for each in reversed(chain):
         _check_plain(named.file, each)
         values = _merged(values, each, by_index=version == "1")
-    return Profile(named.file, named.name or "default", values, top.get("global") or {})
+    return Profile(named.file, named.name or "default", values, top.get("global") or {}, version)
 
 
 def _read(file: str) -> dict[str, Any]:
