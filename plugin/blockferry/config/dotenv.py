@@ -10,7 +10,7 @@ from blockferry.errors import UsageError
 
 _LINE = re.compile(
     r"""\s*(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)\s*[=:]\s*
-    (?:'(?P<literal>[^']*)'|"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>(?:(?!\s\#).)*?))\s*(?:\#.*)?\Z""",
+    (?:'(?P<literal>[^']*)'|"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s*|\s+\#.*)\Z""",
     re.VERBOSE | re.DOTALL,
 )
 _NAMED = re.compile(r"(?P<escape>\\)?\$(?:\{(?P<braced>[A-Za-z0-9_]+)\}|(?P<name>[A-Za-z_][A-Za-z0-9_]*))")
