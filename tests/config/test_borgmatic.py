@@ -67,15 +67,15 @@ def test_volumes_and_groups_stand_below_constants(job: Job) -> None:
 @pytest.mark.parametrize(
     ("constants", "line", "words", "remedy"),
     [
-        ("volumes: {\n      vm: {pat: /x}}", 7, "constants.blockferry.volumes.vm.pat: no such key", "path"),
+        ("volumes: {\n      vm: {pat: /x}}", 8, "constants.blockferry.volumes.vm.pat: no such key", "path"),
         (
             'volumes: {vm: {path: "0012345"}}',
-            6,
+            7,
             "constants.blockferry.volumes.vm.path: 12345 is no plain text",
             "serial:",
         ),
-        ("volums: {}", 6, "constants.blockferry.volums: no such key", "volumes"),
-        ("[a]", 5, "constants.blockferry: is no mapping", "indented"),
+        ("volums: {}", 7, "constants.blockferry.volums: no such key", "volumes"),
+        ("[a]", 6, "constants.blockferry: is no mapping", "indented"),
     ],
 )
 def test_a_mistake_below_constants_has_its_line(job: Job, constants: str, line: int, words: str, remedy: str) -> None:

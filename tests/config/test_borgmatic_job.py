@@ -30,7 +30,7 @@ def test_borgmatics_commands_run_around_it_and_its_rules_keep_each_series_apart(
     # The volume is called as the host may be: its archives are none of borgmatic's all the same.
     host = run("hostname").strip().split(".")[0]
     job.write(
-        f"{commands(job)}\nkeep_last: 2\nskip_actions: [check, compact]\narchive_name_format: {FORMAT}\n"
+        f"{commands(job)}\nkeep_secondly: 2\nskip_actions: [check, compact]\narchive_name_format: {FORMAT}\n"
         f"constants: {{blockferry: {{volumes: {{{host}: {{path: {volume}}}}}}}}}"
     )
     run(borgmatic, "--config", job.file, "create")
@@ -48,13 +48,11 @@ def test_borgmatics_commands_run_around_it_and_its_rules_keep_each_series_apart(
     assert blockferry("verify", newest, "--against", volume, "--repo", job.reference).code == 0
 
 
-def test_when_the_backup_fails_so_does_borgmatics_run(job: Job, tmp_path: Path) -> None:
-    job.write(commands(job))
-    torn = tmp_path / "torn.img"
-    torn.write_bytes(bytes(1 << 20))
-    said = blockferry("backup", torn, "--repo", job.reference, "--tracker", "none", "--since", "000000000000")
-    said.refused(1, "snapshot")
-    assert job.log == ["begin", "before create", "error"]
+def test_when_the_backup_fails_so_does_borgmatics_run(job: Job, volume: Path) -> None:
+    job.write(commands(job) + "\nretries: 1")
+    with volume.open("rb+"):
+        blockferry("backup", volume, "--repo", job.reference).refused(1, "vm.img")
+    assert job.log == ["begin", "before create", "before create", "error"]
     assert job.archives == []
 
 
@@ -85,8 +83,10 @@ def test_a_pattern_as_wide_as_all_archives_is_refused(job: Job, volume: Path) ->
     assert job.archives == []
 
 
-def test_databases_are_not_dumped_for_a_volume(job: Job, volume: Path) -> None:
-    job.write("sqlite_databases: [{name: a, path: /nowhere.db}]\nbtrfs:\nskip_actions: [check]")
+def test_a_file_with_databases_is_for_files(job: Job, volume: Path) -> None:
+    job.write("sqlite_databases: [{name: a, path: /nowhere.db}]")
+    blockferry("backup", volume, "--repo", job.reference).refused(2, "sqlite_databases", "--no-job")
+    job.write("btrfs:\nskip_actions: [check]")
     assert blockferry("backup", volume, "--repo", job.reference).code == 0
     assert len(job.archives) == 1
 

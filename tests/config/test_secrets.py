@@ -65,7 +65,7 @@ def test_borgmatics_passphrase_stays_where_it_belongs(
     job: Job, volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "state"))
-    job.write("keep_last: 1\nskip_actions: [check]\ncommands: [{before: action, when: [create], run: ['true']}]")
+    job.write("keep_secondly: 1\nskip_actions: [check]\ncommands: [{before: action, when: [create], run: ['true']}]")
     with Watch() as watch:
         said = blockferry("-vv", "backup", volume, "--repo", job.reference)
         again = blockferry("-vv", "--log-json", "backup", volume, "--repo", job.reference)

@@ -11,12 +11,12 @@ constants:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -38,6 +38,7 @@ TOOL = "borgmatic"
 _OURS = ("constants", "blockferry")
 _SHAPE = frozenset({"repositories", "source_directories", "location", "constants", "<<"})
 """A key of these at the top: a file of borgmatic's. `<<` includes another, which may have all of them."""
+_SHOWN: dict[tuple[str, int], dict[str, Any]] = {}
 _COERCED = (
     "borgmatic makes numbers of texts that look like some wherever a file has constants:, in quotes or not. Put "
     "something before it: serial:0012345 for a serial number, ./7 for a path."
@@ -102,20 +103,29 @@ def plugin(manager: pluggy.PluginManager) -> Borgmatic:
 
 
 def show(path: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return a file of borgmatic's as borgmatic understands it, secrets among it; UsageError if it does not."""
+    """Return a file of borgmatic's as borgmatic understands it, secrets among it; UsageError if it does not.
+
+    borgmatic takes a second for that: it is asked once, unless the file changes.
+    """
+    key = (os.path.abspath(path), os.stat(path).st_mtime_ns)  # noqa: PTH100
+    if key not in _SHOWN:
+        _SHOWN[key] = _show(path, environment)
+    return _SHOWN[key]
+
+
+def _show(path: str, environment: Mapping[str, str]) -> dict[str, Any]:
     # --dry-run: when borgmatic has shown the file it goes on to run those hooks that belong to every action.
     words = [standing_in.command(environment), "--config", path, "--dry-run", "config", "show", "--json"]
     done = subprocess.run(
         words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=dict(environment)
     )
-    try:
-        (shown,) = json.loads(done.stdout)
-        if done.returncode == 0 and isinstance(shown, dict):
+    with contextlib.suppress(ValueError):
+        # Its status says whether it went well after that, where it tries borg.
+        (shown,), _end = json.JSONDecoder().raw_decode(done.stdout)
+        if isinstance(shown, dict):
             return shown
-    except ValueError:
-        pass
     raise UsageError(
-        f"{path}: borgmatic refuses it: {_reason(done.stderr.splitlines())}",
+        f"{path}: borgmatic refuses it: {reason(done.stderr.splitlines())}",
         remedy=f"Run `borgmatic --config {path} config validate`.",
     )
 
@@ -164,7 +174,7 @@ def resolve(named: ForeignReference, environment: Mapping[str, str]) -> tuple[st
     status, lines = standing_in.run(words, environment, answer)
     if not found:
         raise BlockferryError(
-            f"{named}: borgmatic ended with status {status}: {_reason(lines)}",
+            f"{named}: borgmatic ended with status {status}: {reason(lines)}",
             remedy=f"Run `borgmatic --config {named.file} repo-info`.",
         )
     return found[0]
@@ -225,7 +235,7 @@ def _after(words: Sequence[str], option: str) -> str:
     return next((after for word, after in itertools.pairwise(words) if word == option), "")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _piped(passphrase: str | None) -> Iterator[dict[str, str]]:
     """Put a passphrase into a pipe for the length of the context; give the variable that names it."""
     if passphrase is None:
@@ -240,7 +250,7 @@ def _piped(passphrase: str | None) -> Iterator[dict[str, str]]:
         os.close(reading)
 
 
-def _reason(lines: Sequence[str]) -> str:
+def reason(lines: Sequence[str]) -> str:
     """Return what borgmatic complained about, on one line, without its colours."""
     said = [line for line in map(standing_in.plain, lines) if line]
     telling = [line for line in said if not line.startswith(("Need some help", "summary:"))]

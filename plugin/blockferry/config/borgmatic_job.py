@@ -74,15 +74,23 @@ def run_job(
             parts.extend([volume] if lies_on_others(opened, volume) else [])
         return standing_in.Done()
 
-    words = ["--config", named.file, *_without_other_sources(merged), *actions]
+    summing_up: list[str] = []
+
+    def say(line: str) -> None:
+        """Pass on what borgmatic says, but not a second time what it says again at its end."""
+        summing_up.extend([line] if line == "summary:" else [])
+        if not summing_up:
+            log.warning("borgmatic: %s", line)
+
+    words = ["--config", named.file, *_without_snapshots(named, merged), *actions]
     words += ["--repository", borgmatic.chosen(repository)]
-    status, lines = standing_in.run(words, environment, answer, said=lambda line: log.warning("borgmatic: %s", line))
+    status, lines = standing_in.run(words, environment, answer, said=say)
     return _outcome(named, results, status, lines)
 
 
 def _outcome(named: ForeignReference, results: Sequence[object], status: int, lines: Sequence[str]) -> Job:
     """Return what a run came to; raise if there was no backup."""
-    said = "; ".join(lines[-3:]) or "it said nothing"
+    said = borgmatic.reason(lines)
     if results:
         if status == 0:
             return Job(results[-1])
@@ -163,15 +171,14 @@ def confined(words: Sequence[str], series: str, form: str) -> list[str]:
     return [kept[0], option, f"sh:{pattern}" if option == "--match-archives" else pattern, *kept[1:]]
 
 
-def _without_other_sources(merged: Mapping[str, Any]) -> list[str]:
-    """Return the options that keep borgmatic from dumping databases and making snapshots of its own."""
-    words: list[str] = []
-    for key in merged:
-        if key.endswith("_databases"):
-            words += [f"--{key.replace('_', '-')}", "[]"]
-        elif key in {"btrfs", "lvm", "zfs"}:
-            words.append(f"--no-{key}")
-    return words
+def _without_snapshots(named: ForeignReference, merged: Mapping[str, Any]) -> list[str]:
+    """Return the options that keep borgmatic from making snapshots of filesystems; UsageError if it dumps databases."""
+    if dumped := sorted(key for key in merged if key.endswith("_databases")):
+        raise UsageError(
+            f"{named}: has {dumped[0]}: borgmatic would dump them for each volume",
+            remedy="Put the volumes into a file of their own, that includes what both have in common; or say --no-job.",
+        )
+    return [f"--no-{key}" for key in ("btrfs", "lvm", "zfs") if key in merged]
 
 
 def _planned(words: Sequence[str]) -> str:
