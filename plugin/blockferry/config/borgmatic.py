@@ -184,8 +184,11 @@ def open_told(
     manager: pluggy.PluginManager, named: ForeignReference, location: str, told: standing_in.Told
 ) -> Repository:
     """Open a repository with what borgmatic tells of it; the passphrase goes through a pipe, as with borgmatic."""
-    environment = dict(told.environment)
-    with _piped(told.passphrase or environment.pop("BORG_PASSPHRASE", None)) as pipe:
+    environment, passphrase = dict(told.environment), told.passphrase
+    if passphrase is None and "BORG_PASSPHRASE" in environment:
+        passphrase = environment.pop("BORG_PASSPHRASE")
+        environment.pop("BORG_PASSCOMMAND", None)  # which would go before the pipe
+    with _piped(passphrase) as pipe:
         repository = repository_named(manager, f"borg:{location}", environment | pipe)
     repository.named = str(named)
     return repository
