@@ -99,7 +99,7 @@ def test_the_schema_has_the_keys_that_are_read() -> None:
         ("repository: borg:/srv", True),
         ("repository: null", True),
         ("repository: 7", False),
-        ("repositories: []", False),
+        ("repositry: borg:/srv", False),
         ("volumes: {vm: {path: /x, mount: /mnt}}", True),
         ("volumes: {vm: {path: 7}}", False),
         ("volumes: {vm: {mount: /mnt}}", False),

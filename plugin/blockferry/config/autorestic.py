@@ -24,7 +24,7 @@ import pluggy
 
 from blockferry.config.configuration import Configuration
 from blockferry.config.dotenv import read_environment
-from blockferry.config.own import understand
+from blockferry.config.own import KEYS, understand
 from blockferry.config.reference import ForeignReference
 from blockferry.config.resticprofile import expand, home, options_of, text
 from blockferry.config.section import nearest
@@ -112,7 +112,7 @@ class Autorestic:
     def blockferry_load_config(self, path: str) -> Configuration | None:
         """Read a file that has the shape of autorestic's."""
         file = YamlFile(path)
-        if not file.shape & _SHAPE:
+        if not file.shape & _SHAPE or file.shape & set(KEYS):
             return None
         extras = file.mapping.get("extras")
         mapping = (extras.get(_OURS[1]) if isinstance(extras, Mapping) else None) or {}

@@ -23,7 +23,7 @@ import pluggy
 
 from blockferry.config import standing_in
 from blockferry.config.configuration import Configuration
-from blockferry.config.own import understand
+from blockferry.config.own import KEYS, understand
 from blockferry.config.reference import ForeignReference
 from blockferry.config.section import QUOTE, ConfigurationError, nearest
 from blockferry.config.yaml_file import YamlFile
@@ -55,7 +55,7 @@ class Borgmatic:
     def blockferry_load_config(self, path: str) -> Configuration | None:
         """Read a file that has the shape of borgmatic's."""
         file = YamlFile(path)
-        if not file.shape & _SHAPE:
+        if not file.shape & _SHAPE or file.shape & set(KEYS):
             return None
         shown = show(path)
         repositories = repositories_of(shown)
