@@ -185,6 +185,18 @@ def test_a_profiles_commands_tags_and_rules_are_those_of_the_backup(repository: 
     assert named.code == 0
 
 
+def test_a_group_is_backed_up_between_them_too(repository: Path) -> None:
+    place = repository.parent
+    (place / "files").mkdir()
+    (place / "files" / "one").write_text("all work and no play")
+    reference = write(place, "p.yaml", JOB.replace("STATUS", "0"))
+    (place / "config.yaml").write_text(f"repository: {reference}\ngroups: {{g: {{volume: {place}/files}}}}\n")
+    stored = blockferry("--config", place / "config.yaml", "backup", "g", "--json").json()
+    assert (place / "log").read_text().splitlines()[-1] == "finally profile"
+    (listed,) = blockferry("--config", place / "config.yaml", "snapshots", "--json").json()["snapshots"]
+    assert (listed["id"], listed["volume"]) == (stored["snapshot"], "g")
+
+
 def test_the_first_command_that_fails_ends_it(repository: Path, volume: Path) -> None:
     place = repository.parent
     reference = write(place, "p.yaml", JOB.replace("STATUS", "7"))

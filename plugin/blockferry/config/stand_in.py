@@ -35,7 +35,10 @@ def main() -> int:
                 answer = ask(environment=environment, passphrase=_passphrase(environment.pop("BORG_PASSPHRASE_FD", "")))
     run = answer.get("run")
     if isinstance(run, list):
-        os.execvp(run[0], run)  # noqa: S606
+        try:
+            os.execvp(run[0], run)  # noqa: S606
+        except OSError as error:
+            answer = {"said": f"{run[0]}: {error.strerror}"}
     if answer.get("said"):
         print(answer["said"], file=sys.stderr)  # noqa: T201
     status = answer.get("status", 2)

@@ -159,7 +159,7 @@ def _serve(connection: socket.socket, answer: Answer, failures: list[BaseExcepti
             answered = answer(call, take)
         except BlockferryError as error:
             failures.append(error)
-            reply(status=2, said=error.message)
+            reply(status=2, said=error.message.splitlines()[0])
             return
         if isinstance(answered, Run):
             reply(run=list(answered.words))
