@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from commands_support import run
@@ -12,6 +16,20 @@ from commands_support import run
 BORGMATIC = Path(sys.executable).with_name("borgmatic")
 SECRET = "geheim-4711-Zebra"
 FORMAT = "'{hostname}-{now:%Y-%m-%dT%H:%M:%S.%f}'"
+
+
+@functools.cache
+def _new_restic_repository() -> Path:
+    """Make a repository, once: a password takes seconds by design."""
+    place = Path(tempfile.mkdtemp(prefix="blockferry-tests-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    run("restic", "init", "-r", place / "repository", env=os.environ | {"RESTIC_PASSWORD": SECRET})
+    return place / "repository"
+
+
+def restic_repository(path: Path) -> Path:
+    """Put a new restic repository, whose password is SECRET, at a path."""
+    return Path(shutil.copytree(_new_restic_repository(), path))
 
 
 @dataclasses.dataclass

@@ -75,6 +75,7 @@ def test_no_backup_is_made_where_borgmatic_makes_none(
     assert job.archives == []
 
 
+@pytest.mark.thorough
 def test_what_goes_wrong_afterwards_does_not_hide_the_snapshot(job: Job, volume: Path) -> None:
     job.write("btrfs:\nskip_actions: [check]\ncommands: [{after: action, when: [create], run: ['exit 3']}]")
     done = blockferry("backup", volume, "--repo", job.reference, "--json")

@@ -10,7 +10,7 @@ from blockferry.config.reference import ForeignReference
 from blockferry.config.resticprofile import profile_of
 from blockferry.errors import UsageError
 from commands_support import blockferry, run
-from config_support import SECRET
+from config_support import SECRET, restic_repository
 
 YAML = """\
 version: "1"
@@ -48,8 +48,7 @@ JSON = """{"version": "2", "profiles": {"default": {
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     (tmp_path / "key").write_text(SECRET)
-    run("restic", "init", "-r", tmp_path / "repository", "--password-file", tmp_path / "key")
-    return tmp_path / "repository"
+    return restic_repository(tmp_path / "repository")
 
 
 def write(place: Path, name: str, text: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from commands_support import blockferry, run
+from config_support import SECRET, restic_repository
 
 DOCS = Path(__file__).parents[2] / "docs"
-SECRET = "correct horse"
 
 
 def file_of(page: str, place: Path, name: str, replaced: Mapping[str, object]) -> Path:
@@ -45,10 +45,9 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def restic_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path: Path) -> Path:
     (tmp_path / "key").write_text(SECRET)
-    run("restic", "init", "-r", tmp_path / "repository", "--password-file", tmp_path / "key")
-    return tmp_path / "repository"
+    return restic_repository(tmp_path / "repository")
 
 
 def test_our_own_file_is_understood(tmp_path: Path) -> None:
@@ -83,10 +82,10 @@ def test_borgmatics_file_has_volumes(how: str, tmp_path: Path, image: Path, monk
             assert done.code == 0, (words, done.err)
 
 
-def test_a_profile_is_backed_up_to(tmp_path: Path, image: Path, restic_repository: Path) -> None:
+def test_a_profile_is_backed_up_to(tmp_path: Path, image: Path, repository: Path) -> None:
     (tmp_path / "nas.env").write_text("RESTIC_COMPRESSION=max\n")
     replaced = {
-        "sftp:nas:/srv/volumes": restic_repository,
+        "sftp:nas:/srv/volumes": repository,
         "/etc/resticprofile/key": tmp_path / "key",
         "/etc/resticprofile/nas.env": tmp_path / "nas.env",
         "systemctl stop shop": f"touch {tmp_path}/stopped",
@@ -98,11 +97,11 @@ def test_a_profile_is_backed_up_to(tmp_path: Path, image: Path, restic_repositor
     assert [(tmp_path / name).exists() for name in ("stopped", "started")] == [False, True]
 
 
-def test_a_location_is_backed_up(tmp_path: Path, image: Path, restic_repository: Path) -> None:
+def test_a_location_is_backed_up(tmp_path: Path, image: Path, repository: Path) -> None:
     (tmp_path / ".autorestic.env").write_text(f"AUTORESTIC_NAS_RESTIC_PASSWORD='{SECRET}'\n")
     replaced = {
         "type: rest": "type: local",
-        "https://nas:8000/volumes": restic_repository,
+        "https://nas:8000/volumes": repository,
         "/dev/vg/vm": image,
         "systemctl stop shop": f"touch {tmp_path}/stopped",
         "systemctl start shop": f"rm {tmp_path}/stopped; touch {tmp_path}/started",
