@@ -35,7 +35,7 @@ def restic(repository: Path | str, *arguments: object, code: int = 0) -> str:
 
 def open_repository(where: Path | str) -> ResticRepository:
     """Open a repository through the plugin's hook."""
-    repository = blockferry_open_repository(reference=f"restic:{where}")
+    repository = blockferry_open_repository(f"restic:{where}", os.environ)
     assert isinstance(repository, ResticRepository)
     return repository
 

@@ -9,11 +9,12 @@ import re
 from blockferry.blockmap import BlockMap
 from blockferry.errors import DamagedSnapshotError
 from blockferry.snapshot import Record, Snapshot
+from blockferry_borg.environment import NAME_VARIABLE, BorgEnvironment
+from blockferry_borg.naming import named
 
 log = logging.getLogger(__name__)
 
 IMAGE_NAME = "volume.img"
-COMPRESSION_VARIABLE = "BLOCKFERRY_BORG_COMPRESSION"
 _COMMENT = "blockferry "
 _LISTED = ("snapshot", "volume", "tier", "size", "base", "part", "state_of", "share_of", "closing", "created")
 
@@ -41,13 +42,16 @@ def plain_volume(record: Record) -> str:
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", record.volume)
 
 
-def archive_name(record: Record) -> str:
+def archive_name(record: Record, environment: BorgEnvironment) -> str:
     """Return what the archive of a snapshot is called.
 
     A share's name does not begin with the volume's: `borg prune --glob-archives 'VOLUME-*'` is to leave it alone.
     """
-    prefix = "blockferry-share-" if record.share_of else ""
-    return f"{prefix}{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
+    if record.share_of:
+        return f"blockferry-share-{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
+    if template := environment.variables.get(NAME_VARIABLE):
+        return named(template, environment.variables, volume=plain_volume(record), snapshot=record.snapshot)
+    return f"{plain_volume(record)}-{record.created[:19]}-{record.snapshot}"
 
 
 def comment_for(record: Record) -> str:

@@ -7,7 +7,6 @@ name when borg has ended without so much as a warning: whatever dies before that
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from blockferry.errors import BlockferryError, DamagedSnapshotError, ToolMissing
 from blockferry.layers import Layer
 from blockferry.repository import Advance
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot
-from blockferry_borg.archives import COMPRESSION_VARIABLE, IMAGE_NAME, is_unfinished, map_from, snapshot_from, unit_for
+from blockferry_borg.archives import IMAGE_NAME, is_unfinished, map_from, snapshot_from, unit_for
 from blockferry_borg.command import Borg, Running
 from blockferry_borg.extracted import ExtractedImage, MountedImage
 from blockferry_borg.layer import MAP_LIMIT, RECORD_LIMIT
@@ -54,7 +53,7 @@ class CommandRepository:
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self, borg: Borg, words: Words) -> None:
-        self.reference = borg.where
+        self.reference = self.named = borg.where
         self.borg = borg
         self.words = words
 
@@ -119,11 +118,6 @@ class CommandRepository:
             f"{self.reference}::{snapshot.archive}: {item} has more than {limit} bytes",
             remedy="Check it with `borg check`.",
         )
-
-
-def compression() -> list[str]:
-    """Return the arguments that choose the compression."""
-    return ["--compression", os.environ.get(COMPRESSION_VARIABLE) or "lz4"]
 
 
 def follow(running: Running, tree: LayerTree, advance: Advance, total: int) -> None:

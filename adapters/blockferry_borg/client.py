@@ -6,7 +6,6 @@ import collections
 import contextlib
 import json
 import logging
-import math
 import mmap
 import os
 import subprocess
@@ -16,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from blockferry.errors import RepositoryError, UsageError
+from blockferry.errors import RepositoryError
 from blockferry.programs import KEEP_FREED_MEMORY
+from blockferry_borg.environment import BorgEnvironment
 from blockferry_borg.failures import failure, without_credentials
 from blockferry_borg.installation import Installation
 
@@ -29,8 +29,6 @@ SLOT_SIZE = 16 << 20
 BATCH = 8 << 20
 """Bytes of a slot that are filled at a time, or one chunk: some chunks, so that asking costs nothing."""
 
-LOCK_WAIT_VARIABLE = "BLOCKFERRY_LOCK_WAIT"
-READ_PATIENCE_VARIABLE = "BLOCKFERRY_READ_PATIENCE"
 _LOOK_EVERY = 1.0
 """Seconds between two looks at whether a worker hangs."""
 _PATIENCE = 60.0
@@ -39,68 +37,20 @@ _PATIENCE = 60.0
 Reply = dict[str, Any]
 
 
-def lock_wait() -> int:
-    """Return for how many seconds to wait for a repository's lock; raise UsageError if the variable holds no number."""
-    return _seconds(LOCK_WAIT_VARIABLE, "1")
-
-
-def read_patience() -> int:
-    """Return for how many seconds a read may take: some chunks, over a slow line. UsageError likewise."""
-    return _seconds(READ_PATIENCE_VARIABLE, "300")
-
-
-def _seconds(variable: str, default: str) -> int:
-    text = os.environ.get(variable, default)
-    try:
-        return max(0, math.ceil(float(text)))
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f"{variable}: {text!r} is not a number of seconds", remedy="Set it to one, or leave it unset."
-        ) from None
-
-
-class Passphrase:
-    """The passphrase behind BORG_PASSPHRASE_FD, which can be read only once, for every worker that is started."""
-
-    def __init__(self) -> None:
-        number = os.environ.get("BORG_PASSPHRASE_FD")
-        self._secret: bytes | None = None
-        if number is not None:
-            try:
-                with os.fdopen(int(number), "rb", closefd=False) as opened:
-                    self._secret = opened.read()
-            except (ValueError, OSError) as error:
-                raise UsageError(
-                    f"BORG_PASSPHRASE_FD: {number!r} cannot be read: {error}",
-                    remedy="Set it to the number of an open descriptor, or leave it unset.",
-                ) from None
-
-    def descriptor(self) -> int | None:
-        """Return the read end of a new pipe with the passphrase in it, which the caller closes; None if there is none.
-
-        A pipe holds at least a page: no passphrase is longer.
-        """
-        if self._secret is None:
-            return None
-        reading, writing = os.pipe()
-        with os.fdopen(writing, "wb") as filled:
-            filled.write(self._secret[:4096])
-        return reading
-
-
 class Worker:
     """A worker process and the memory shared with it. Used from one thread at a time.
 
     Any reply may be an error instead; after that, and after `close`, the process is gone.
     """
 
-    def __init__(self, installation: Installation, repository: str, passphrase: Passphrase) -> None:
+    def __init__(self, installation: Installation, repository: str, environment: BorgEnvironment) -> None:
+        self.environment = environment
         self.where = f"borg:{without_credentials(repository)}"
         descriptor = os.memfd_create("blockferry")
         try:
             os.ftruncate(descriptor, SLOTS * SLOT_SIZE)
             self._memory = memoryview(mmap.mmap(descriptor, SLOTS * SLOT_SIZE))
-            self._process = _start(installation, descriptor, passphrase)
+            self._process = _start(installation, descriptor, environment)
         finally:
             os.close(descriptor)
         assert self._process.stdin and self._process.stdout  # noqa: S101  # both are pipes
@@ -112,7 +62,9 @@ class Worker:
         self._deadline: float | None = None
         self._watcher: threading.Thread | None = None
         try:
-            self.send(repository=repository, lock_wait=lock_wait(), slot=SLOT_SIZE)
+            self.send(
+                repository=repository, lock_wait=environment.lock_wait(), umask=environment.umask(), slot=SLOT_SIZE
+            )
         except BaseException:
             self.close()
             raise
@@ -211,12 +163,9 @@ class Worker:
         return f": {self._said[-1]}" if self._said else ""
 
 
-def _start(installation: Installation, memory: int, passphrase: Passphrase) -> subprocess.Popen[bytes]:
+def _start(installation: Installation, memory: int, environment: BorgEnvironment) -> subprocess.Popen[bytes]:
     """Start the worker, apart from the terminal: an interrupt is ours to pass on, and nothing can prompt there."""
-    environment = os.environ | KEEP_FREED_MEMORY
-    secret = passphrase.descriptor()
-    if secret is not None:
-        environment["BORG_PASSPHRASE_FD"] = str(secret)
+    secret = environment.passphrase_pipe()
     script = Path(__file__).with_name("worker") / "__main__.py"
     try:
         return subprocess.Popen(
@@ -224,7 +173,7 @@ def _start(installation: Installation, memory: int, passphrase: Passphrase) -> s
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=environment.for_process(KEEP_FREED_MEMORY, secret),
             pass_fds=[memory] if secret is None else [memory, secret],
             start_new_session=True,
         )

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -21,7 +20,7 @@ from typing import IO, Any
 
 from blockferry.errors import DamagedSnapshotError, ToolMissingError
 from blockferry.fuse import mount_point
-from blockferry_borg.client import Passphrase, lock_wait
+from blockferry_borg.environment import BorgEnvironment
 from blockferry_borg.failures import failure, without_credentials
 
 log = logging.getLogger(__name__)
@@ -36,11 +35,11 @@ _POLL = 0.05
 class Borg:
     """The `borg` command as it works on one repository, which it is told of by BORG_REPO: not for all to see."""
 
-    def __init__(self, command: str, location: str) -> None:
+    def __init__(self, command: str, location: str, environment: BorgEnvironment) -> None:
         self.command = command
         self.where = f"borg:{without_credentials(location)}"
-        self._repository = absolute(location)
-        self._passphrase = Passphrase()
+        self._repository = location
+        self.environment = environment
 
     def run(self, *arguments: str) -> None:
         """Run borg to its end; raise what its failure stands for. Warnings are logged."""
@@ -61,14 +60,13 @@ class Borg:
 
         With `piped` its standard output is a pipe to read from, else it is kept.
         """
-        command = [self.command, "--log-json", "--lock-wait", str(lock_wait()), *arguments]
+        umask = self.environment.umask()
+        command = [self.command, "--log-json", "--lock-wait", str(self.environment.lock_wait())]
+        command += [*(["--umask", umask] if umask else []), *arguments]
         if directory:
             # Never by subprocess's own `cwd`: this very process may serve the directory (blockferry/fuse.py).
             command = ["env", f"--chdir={directory}", *command]
-        secret = self._passphrase.descriptor()
-        environment = os.environ | {"BORG_REPO": self._repository}
-        if secret is not None:
-            environment["BORG_PASSPHRASE_FD"] = str(secret)
+        secret = self.environment.passphrase_pipe()
         with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as printed:
             try:
                 process = subprocess.Popen(
@@ -76,7 +74,7 @@ class Borg:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if piped else printed,
                     stderr=said,
-                    env=environment,
+                    env=self.environment.for_process({"BORG_REPO": self._repository}, secret),
                     pass_fds=[] if secret is None else [secret],
                     start_new_session=True,
                 )
@@ -183,13 +181,6 @@ class Running:
                 yield told.get("levelname", ""), told.get("msgid") or "", str(told.get("message") or "")
             except (ValueError, AttributeError):
                 yield "", "", plain
-
-
-def absolute(location: str) -> str:
-    """Return a location that means the same in any directory."""
-    if "://" in location or re.match(r"[^/]+:", location):
-        return location
-    return str(Path(location).absolute())
 
 
 def literal(text: str) -> str:

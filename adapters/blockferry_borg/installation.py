@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from blockferry.errors import ToolMissingError
@@ -46,10 +47,10 @@ class Installation:
     interpreter: tuple[str, ...] = ()
 
 
-def find_installation() -> Installation:
+def find_installation(environment: Mapping[str, str] = os.environ) -> Installation:
     """Return the borg to use; raise ToolMissingError if there is none, or none of a series that we know."""
-    named = os.environ.get(COMMAND_VARIABLE)
-    command = shutil.which(named or "borg")
+    named = environment.get(COMMAND_VARIABLE)
+    command = shutil.which(named or "borg", path=environment.get("PATH"))
     if command is None:
         raise ToolMissingError(
             f"{named or 'borg'}: no such command",

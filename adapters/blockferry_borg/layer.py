@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from blockferry.errors import BlockferryError, DamagedSnapshotError
 from blockferry.extents import ExtentSet
 from blockferry.layers import BaseLayer
-from blockferry_borg.client import BATCH, SLOT_SIZE, SLOTS, Worker, read_patience
+from blockferry_borg.client import BATCH, SLOT_SIZE, SLOTS, Worker
 
 RECORD_LIMIT = 16 << 20
 MAP_LIMIT = 1 << 30
@@ -31,7 +31,7 @@ class OpenArchive:
         self.unit: int = opened["unit"]
         self.sizes: dict[str, int] = opened["sizes"]
         self._lock = threading.Lock()
-        self._patience = read_patience()
+        self._patience = worker.environment.read_patience()
         self._count = 0
         self._unanswered = 0
         self._answered: dict[int, Exception | None] = {}

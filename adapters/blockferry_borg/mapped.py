@@ -17,7 +17,7 @@ from blockferry.layers import CutLayer, Layer
 from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
-from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
+from blockferry_borg.by_command import CommandRepository, follow, removed_on_failure
 from blockferry_borg.command import Borg, literal
 from blockferry_borg.tree import LayerTree
 
@@ -64,7 +64,7 @@ class MappedRepository(CommandRepository):
         self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Store an image and its description as two archives; borg takes chunks over from one base at most."""
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self.borg.environment), comment_for(record)
         unfinished, description = f"{name}.checkpoint", self.words.described_in(name)
         planned = plan(block_map, record, bases)
         used = planned.extents(Kind.DATA, Kind.SAME)
@@ -72,7 +72,8 @@ class MappedRepository(CommandRepository):
         with tempfile.TemporaryDirectory() as made, removed_on_failure(self, unfinished, description):
             stored = self._store_description(Path(made), record, block_map, description)
             (Path(made) / "map").write_text(planned.to_lines())
-            options = ["--json", "--files-cache", "disabled", "--map", str(Path(made) / "map"), *compression()]
+            options = ["--json", "--files-cache", "disabled", "--map", str(Path(made) / "map")]
+            options += ["--compression", self.borg.environment.compression()]
             options += ["--chunker-params", f"fixed,{record.unit}", "--comment", literal(comment)]
             if bases:
                 (base,) = bases
@@ -90,7 +91,7 @@ class MappedRepository(CommandRepository):
         """Store the record and the map; return the bytes by which the repository grew."""
         (directory / RECORD_NAME).write_bytes(record.to_json())
         (directory / MAP_NAME).write_bytes(block_map.to_bytes())
-        options = ["--json", "--files-cache", "disabled", *compression()]
+        options = ["--json", "--files-cache", "disabled", "--compression", self.borg.environment.compression()]
         with self.borg.start("create", *options, archive, RECORD_NAME, MAP_NAME, directory=directory) as running:
             running.wait()
             running.check(warnings_are_errors=True)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 
 from blockferry.blockmap import BlockMap
-from blockferry.errors import UsageError
 from blockferry.extents import ExtentSet
 from blockferry.layers import Layer
 from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import (
-    COMPRESSION_VARIABLE,
     IMAGE_NAME,
     archive_name,
     comment_for,
@@ -23,26 +20,14 @@ from blockferry_borg.archives import (
     snapshot_from,
     unit_for,
 )
-from blockferry_borg.client import Passphrase, Worker
+from blockferry_borg.client import Worker
+from blockferry_borg.environment import BorgEnvironment
 from blockferry_borg.failures import without_credentials
 from blockferry_borg.installation import Installation
 from blockferry_borg.layer import MAP_LIMIT, RECORD_LIMIT, ImageLayer, OpenArchive
 from blockferry_borg.sender import Content, Sender
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_VARIABLE = "BLOCKFERRY_BORG_CHECKPOINT"
-
-
-def checkpoint_interval() -> int:
-    """Return after how many seconds a store that is not finished is made worth keeping; borg's own is half an hour."""
-    text = os.environ.get(CHECKPOINT_VARIABLE, "1800")
-    if not text.isdecimal():
-        raise UsageError(
-            f"{CHECKPOINT_VARIABLE}: {text!r} is not a number of seconds",
-            remedy="Set it to a whole one, 0 for no checkpoints, or leave it unset.",
-        )
-    return int(text)
 
 
 def _not_of_the_image(_count: int) -> None:
@@ -54,14 +39,14 @@ class WorkerRepository:
 
     capabilities = frozenset({"reuse", "merge"})
 
-    def __init__(self, location: str, installation: Installation) -> None:
+    def __init__(self, location: str, installation: Installation, environment: BorgEnvironment) -> None:
         """Work on the repository that borg calls `location`; it is not opened yet."""
-        self.reference = f"borg:{without_credentials(location)}"
+        self.reference = self.named = f"borg:{without_credentials(location)}"
         self._location = location
         self._installation = installation
-        self._passphrase = Passphrase()
+        self._environment = environment
         # It imports borg while whoever wants this repository looks at a volume.
-        self._idle: Worker | None = Worker(installation, location, self._passphrase)
+        self._idle: Worker | None = Worker(installation, location, environment)
         self._closed = False
 
     def unit(self, size: int) -> int:
@@ -105,15 +90,15 @@ class WorkerRepository:
     ) -> Stored:
         """Store an image as one archive; chunks that are the same are referred to by their ids."""
         planned = plan(block_map, record, bases)
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self._environment), comment_for(record)
         with self._worker() as worker:
             worker.ask(
                 op="store",
                 archive=name,
                 volume=plain_volume(record),
                 comment=comment,
-                compression=os.environ.get(COMPRESSION_VARIABLE) or "lz4",
-                checkpoint=checkpoint_interval(),
+                compression=self._environment.compression(),
+                checkpoint=self._environment.checkpoint_interval(),
                 unit=record.unit,
                 bases=[base.snapshot.archive for base in bases],
             )
@@ -162,4 +147,4 @@ class WorkerRepository:
     def _take_worker(self) -> Worker:
         """Return the worker that idles, or a new one: whoever takes it closes it or gives it back."""
         worker, self._idle, self._closed = self._idle, None, False
-        return worker or Worker(self._installation, self._location, self._passphrase)
+        return worker or Worker(self._installation, self._location, self._environment)

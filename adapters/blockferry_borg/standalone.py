@@ -14,7 +14,7 @@ from blockferry.layers import CutLayer, Layer
 from blockferry.repository import Advance, Base, plan
 from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
 from blockferry_borg.archives import IMAGE_NAME, archive_name, comment_for
-from blockferry_borg.by_command import CommandRepository, compression, follow, removed_on_failure
+from blockferry_borg.by_command import CommandRepository, follow, removed_on_failure
 from blockferry_borg.command import Borg, literal
 from blockferry_borg.sender import Content
 from blockferry_borg.tree import LayerTree
@@ -58,7 +58,7 @@ class StandaloneRepository(CommandRepository):
         self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
     ) -> Stored:
         """Store an image as one archive; what is the same is read like everything else, so `source` must have it."""
-        name, comment = archive_name(record), comment_for(record)
+        name, comment = archive_name(record, self.borg.environment), comment_for(record)
         unfinished = f"{name}.checkpoint"
         data = plan(block_map, record, bases).extents(Kind.DATA, Kind.SAME)
         files = {
@@ -74,7 +74,8 @@ class StandaloneRepository(CommandRepository):
                 self.borg.start(
                     "create",
                     *options,
-                    *compression(),
+                    "--compression",
+                    self.borg.environment.compression(),
                     "--comment",
                     literal(comment),
                     f"::{unfinished}",

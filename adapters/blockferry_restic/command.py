@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +54,7 @@ class Restic:
         """Start restic with `arguments`, in `directory`; it dies with the thread that calls this."""
         # Never as subprocess's own `cwd`: the directory may be served by this very process (blockferry/fuse.py).
         chdir = [find("env"), f"--chdir={directory}"] if directory else []
-        return Running([*_bound_to_us(), *chdir, binary(), *arguments], self.location)
+        return Running([*_bound_to_us(), *chdir, *self._words(), *arguments], self.location)
 
     def each(self, *arguments: str) -> Iterator[Any]:
         """Run restic and yield what it says, decoded, as it says it; raise RepositoryError, by kind, if it fails."""
@@ -69,7 +69,7 @@ class Restic:
         It is not bound to the calling thread: it ends when the mount is taken away, which `mount_point` sees to.
         """
         with mount_point("restic") as point, tempfile.TemporaryFile() as said:
-            command = [binary(), "mount", "--no-lock", *arguments, str(point)]
+            command = [*self._words(), "mount", "--no-lock", *arguments, str(point)]
             with _spawn(command, self.location, stdout=said, stderr=said) as process:
                 try:
                     if not _appears(point, process):
@@ -85,7 +85,7 @@ class Restic:
 
     def dump(self, snapshot: str, path: str, limit: int) -> bytes:
         """Return the content of a file in a snapshot; raise RepositoryError if it is missing or beyond `limit`."""
-        command = [*_bound_to_us(), binary(), "dump", "--json", "--no-lock", snapshot, path]
+        command = [*_bound_to_us(), *self._words(), "dump", "--json", "--no-lock", snapshot, path]
         with tempfile.TemporaryFile() as found, tempfile.TemporaryFile() as said:
             with _spawn(command, self.location, stdout=found, stderr=said) as process:
                 try:
@@ -101,6 +101,10 @@ class Restic:
         if len(content) > limit:
             raise RepositoryError(f"{self.location.reference}: {path} of snapshot {snapshot} is beyond all bounds")
         return content
+
+    def _words(self) -> list[str]:
+        """Return the first words of every command line."""
+        return [binary(self.location.variables), *self.location.options]
 
     def _notes(self, said: bytes) -> list[str]:
         """Return the complaints in what restic said."""
@@ -225,10 +229,10 @@ def failure(verb: str, code: int, notes: Sequence[str], reference: str) -> Repos
     return kind(f"{reference}: {what}", remedy=remedy)
 
 
-def binary() -> str:
+def binary(environment: Mapping[str, str]) -> str:
     """Return the path of restic, from $BLOCKFERRY_RESTIC or PATH; ToolMissingError if it is missing or too old."""
-    named = os.environ.get("BLOCKFERRY_RESTIC", "restic")
-    found = shutil.which(named)
+    named = environment.get("BLOCKFERRY_RESTIC", "restic")
+    found = shutil.which(named, path=environment.get("PATH"))
     oldest = ".".join(map(str, OLDEST))
     if found is None:
         raise ToolMissingError(

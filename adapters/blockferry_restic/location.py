@@ -16,6 +16,8 @@ from pathlib import Path
 
 from blockferry.errors import PassphraseError, UsageError
 
+OPTIONS_VARIABLE = "BLOCKFERRY_RESTIC_OPTIONS"
+TAGS_VARIABLE = "BLOCKFERRY_RESTIC_TAGS"
 _REMOTE = frozenset({"azure", "b2", "gs", "rclone", "rest", "s3", "sftp", "swift"})
 _PATHS = ("RESTIC_PASSWORD_FILE", "RESTIC_CACHE_DIR", "RESTIC_CACERT", "RESTIC_TLS_CLIENT_CERT")
 """The variables of restic's that name a file or directory."""
@@ -29,22 +31,25 @@ class Location:
 
     where: str = dataclasses.field(repr=False)
     reference: str
-    """What the user wrote, without credentials."""
+    """`where`, without credentials: the same for all who name this repository, in whatever way."""
+    variables: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ, repr=False)
+    """The environment that comes with it."""
 
     @classmethod
-    def named(cls, where: str, environment: Mapping[str, str] | None = None) -> Location:
+    def named(cls, where: str, environment: Mapping[str, str] = os.environ) -> Location:
         """Return the location that `where` names; if it is "", the one that the environment names.
 
         Raise UsageError if nothing names one.
         """
-        known = os.environ if environment is None else environment
-        found = where or known.get("RESTIC_REPOSITORY", "") or _first_of_file(known.get("RESTIC_REPOSITORY_FILE", ""))
+        found = where or environment.get("RESTIC_REPOSITORY", "")
+        found = found or _first_of_file(environment.get("RESTIC_REPOSITORY_FILE", ""))
         if not found:
             raise UsageError(
                 "restic: no repository is named",
                 remedy="Write restic:PATH-OR-URL, or set RESTIC_REPOSITORY or RESTIC_REPOSITORY_FILE.",
             )
-        return cls(_absolute(found), f"restic:{hide_passwords(where)}")
+        absolute = _absolute(found)
+        return cls(absolute, f"restic:{hide_passwords(absolute.removeprefix('local:'))}", environment)
 
     @property
     def directory(self) -> Path | None:
@@ -61,9 +66,25 @@ class Location:
                 text = text.replace(password, "***")
         return hide_passwords(text)
 
+    @property
+    def options(self) -> list[str]:
+        """The global options that every restic on this repository is to get; UsageError if they cannot be read."""
+        return self._words(OPTIONS_VARIABLE)
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags that a snapshot gets beside our own; UsageError if they cannot be read."""
+        return self._words(TAGS_VARIABLE)
+
+    def _words(self, variable: str) -> list[str]:
+        try:
+            return shlex.split(self.variables.get(variable, ""))
+        except ValueError as error:
+            raise UsageError(f"{variable}: {error}", remedy="Quote its words as for a shell.") from None
+
     def environment(self) -> dict[str, str]:
         """Return the environment for a restic that works on this repository."""
-        given = {name: value for name, value in os.environ.items() if name != "RESTIC_REPOSITORY_FILE"}
+        given = {name: value for name, value in self.variables.items() if name != "RESTIC_REPOSITORY_FILE"}
         given |= {name: os.path.abspath(given[name]) for name in _PATHS if given.get(name)}  # noqa: PTH100
         return given | {"RESTIC_REPOSITORY": self.where, "RESTIC_PROGRESS_FPS": "1"}
 
@@ -81,14 +102,16 @@ def hide_passwords(text: str) -> str:
     return _USER_INFO.sub(r"\1:***@", text)
 
 
-def password(environment: Mapping[str, str] | None = None) -> str:
+def password(environment: Mapping[str, str]) -> str:
     """Return the repository's password; raise PassphraseError if none is set or it cannot be had.
 
     RESTIC_PASSWORD_COMMAND goes before RESTIC_PASSWORD_FILE and that before RESTIC_PASSWORD, as in restic.
     """
-    known = os.environ if environment is None else environment
-    command, file = known.get("RESTIC_PASSWORD_COMMAND"), known.get("RESTIC_PASSWORD_FILE")
-    found = _answer(command) if command else _content(file) if file else known.get("RESTIC_PASSWORD", "")
+    command, file = environment.get("RESTIC_PASSWORD_COMMAND"), environment.get("RESTIC_PASSWORD_FILE")
+    if command:
+        found = _answer(command, environment)
+    else:
+        found = _content(file) if file else environment.get("RESTIC_PASSWORD", "")
     if not found:
         raise PassphraseError(
             "no password is set for the restic repository",
@@ -97,10 +120,12 @@ def password(environment: Mapping[str, str] | None = None) -> str:
     return found
 
 
-def _answer(command: str) -> str:
+def _answer(command: str, environment: Mapping[str, str]) -> str:
     """Return what a password command prints."""
     try:
-        done = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, env=environment
+        )
         return done.stdout.decode("utf-8").strip()
     except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
         # The command's own words may be secret: its exit code, or the reason it did not start, has to do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from blockferry.hookspecs import hookimpl
@@ -13,7 +14,7 @@ _PREFIX = "restic:"
 
 
 @hookimpl
-def blockferry_open_repository(reference: str) -> Repository | None:
+def blockferry_open_repository(reference: str, environment: Mapping[str, str]) -> Repository | None:
     """Open the repository that restic would call by what follows `restic:`; nothing: the one of the environment."""
     if not reference.startswith(_PREFIX):
         return None
@@ -22,4 +23,4 @@ def blockferry_open_repository(reference: str) -> Repository | None:
     from blockferry_restic.location import Location  # noqa: PLC0415
     from blockferry_restic.repository import ResticRepository  # noqa: PLC0415
 
-    return ResticRepository(Restic(Location.named(reference.removeprefix(_PREFIX))))
+    return ResticRepository(Restic(Location.named(reference.removeprefix(_PREFIX), environment)))

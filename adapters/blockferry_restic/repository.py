@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +52,7 @@ class ResticRepository:
     capabilities = frozenset({"reuse", "concurrent", "parallel"})
 
     def __init__(self, restic: Restic) -> None:
-        self.reference = restic.location.reference
+        self.reference = self.named = restic.location.reference
         self._restic = restic
         self._memory = Memory(restic.location.reference)
         self._reader: RepositoryReader | None = None
@@ -82,11 +81,11 @@ class ResticRepository:
         tree = SegmentTree(source, segments, record=record.to_json(), block_map=block_map.to_bytes(), stamp=stamp)
         # Without a base nothing is to be skipped, whatever restic finds.
         parent = ["--parent", base.archive] if base else ["--force"]
-        tags = list(_tags(record, len(tree)))
+        tags = [*_tags(record, len(tree)), *self._restic.location.tags]
         options = ["--json", "--no-scan", "--host", record.host]
         if record.state_of:
             options += ["--time", _local(record.created)]  # retention goes by the age of the state
-        if "RESTIC_READ_CONCURRENCY" not in os.environ:
+        if "RESTIC_READ_CONCURRENCY" not in self._restic.location.variables:
             options += ["--read-concurrency", _SEGMENTS_AT_ONCE]
         with (
             mounted(tree, name=_series(record)) as path,
@@ -211,7 +210,7 @@ class ResticRepository:
         """Return what reads a repository in a local directory; its key is unlocked once."""
         with self._unlocking:
             if self._reader is None and (directory := self._repository_directory()):
-                self._reader = RepositoryReader(directory, password())
+                self._reader = RepositoryReader(directory, password(self._restic.location.variables))
             return self._reader
 
     def _recall(self, snapshot: Snapshot) -> _Read:

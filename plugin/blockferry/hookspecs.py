@@ -8,7 +8,7 @@ An exception aborts the whole command: it never counts as an answer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import pluggy
 if TYPE_CHECKING:
     from blockferry.cluster.index import LogIndex
     from blockferry.config.configuration import Configuration
+    from blockferry.errors import BlockferryError
     from blockferry.extents import ExtentSet
     from blockferry.hot.cache import RestoreCache
     from blockferry.hot.source import Source
@@ -116,6 +117,16 @@ class CacheOptions:
     buffer_size: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What became of a backup within the job of another tool."""
+
+    result: object
+    """What `store` returned."""
+    problem: BlockferryError | None = None
+    """What went wrong after the snapshot was stored."""
+
+
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
@@ -131,10 +142,29 @@ def blockferry_load_config(path: str) -> Configuration | None:
 
 
 @hookspec(firstresult=True)
-def blockferry_open_repository(reference: str) -> Repository | None:
+def blockferry_open_repository(reference: str, environment: Mapping[str, str]) -> Repository | None:
     """Return the repository that a reference names. Stops at the first answer.
 
     :param reference: what the user wrote after `--repo`, for example `borg:ssh://nas/./vms` or `restic:/srv/restic`.
+    :param environment: the variables that the repository's tool is to find, credentials among them: `os.environ`, or
+        what another tool's configuration makes of it. Never to be shown.
+    """
+
+
+@hookspec(firstresult=True)
+def blockferry_run_as_job(
+    reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
+) -> Job | None:
+    """Make a backup within the job of another tool, whose file names the repository. Stops at the first answer.
+
+    The tool's hooks, monitoring and retention apply as its file says. Without an answer the repository is opened, and
+    the backup made, by itself.
+
+    :param reference: what the user wrote after `--repo`, for example `borgmatic:/etc/borgmatic/config.yaml#nas`.
+    :param environment: what the tool is to find.
+    :param volume: the name of the volume or group: its snapshots are a series of their own for retention.
+    :param store: makes the backup in a repository. May be called again after it raised a RepositoryError, no longer
+        once it returned. What it raises is raised by the plugin, once the tool's hooks for failures ran.
     """
 
 

@@ -24,6 +24,7 @@ class JoinedRepository:
     def __init__(self, first: Repository, *others: Repository) -> None:
         """Take repositories over: they are closed with this one."""
         self.reference = first.reference
+        self.named = first.named
         self.capabilities = first.capabilities
         if not all("parallel" in each.capabilities for each in others):
             self.capabilities -= {"parallel"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pluggy
 
@@ -20,6 +21,9 @@ BUILTIN = (
     # A plugin registered later is asked earlier: each list reads from the last resort to the first choice.
     "blockferry.config.own",
     "blockferry.metrics.plugin",
+    "blockferry.config.borgmatic",
+    "blockferry.config.resticprofile",
+    "blockferry.config.autorestic",
     "blockferry.freeze.live",
     "blockferry.freeze.fsfreeze",
     "blockferry.freeze.reflink",
@@ -68,13 +72,17 @@ def plugin_manager() -> pluggy.PluginManager:
     return manager
 
 
-def repository_named(manager: pluggy.PluginManager, reference: str) -> Repository:
+def repository_named(
+    manager: pluggy.PluginManager, reference: str, environment: Mapping[str, str] = os.environ
+) -> Repository:
     """Return the repository that a reference names; raise UsageError if no plugin knows such references."""
-    repository: Repository | None = manager.hook.blockferry_open_repository(reference=reference)
+    repository: Repository | None = manager.hook.blockferry_open_repository(
+        reference=reference, environment=environment
+    )
     if repository is None:
         raise UsageError(
             f"{mask(reference)}: not a repository reference",
-            remedy="Write borg:PATH-OR-URL or restic:PATH-OR-URL, for example borg:/srv/backup/borg.",
+            remedy="Write borg:PATH-OR-URL, restic:PATH-OR-URL, or borgmatic:FILE#LABEL and the like: borg:/srv/borg.",
         )
     return repository
 

@@ -50,7 +50,9 @@ class Repository(Protocol):
     """
 
     reference: str
-    """As the user wrote it, without credentials."""
+    """Without credentials, and the same in whatever way the repository is named."""
+    named: str
+    """The reference by which any process with our environment can open it again."""
     capabilities: frozenset[str]
     """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once.
     `parallel`: a layer serves several reads at the same time, also while `store` runs, and more may be opened, by any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def open_repository() -> Iterator[Open]:
     with contextlib.ExitStack() as opened:
 
         def open_place(place: Place) -> object:
-            repository = blockferry_open_repository(f"borg:{place.location}")
+            repository = blockferry_open_repository(f"borg:{place.location}", os.environ)
             opened.callback(repository.close)
             return repository
 

@@ -229,9 +229,9 @@ def test_a_setting_that_makes_no_sense(variable, value, place, open_repository, 
 def test_a_reference_that_is_none(make_repository, monkeypatch):
     for reference in ("borg:", "borg:/srv/repository::archive"):
         with pytest.raises(UsageError) as caught:
-            blockferry_open_repository(reference)
+            blockferry_open_repository(reference, os.environ)
         told(caught.value)
-    repository = blockferry_open_repository("borg:ssh://")
+    repository = blockferry_open_repository("borg:ssh://", os.environ)
     with contextlib.closing(repository), pytest.raises(UsageError) as caught:
         repository.snapshots()
     told(caught.value)
@@ -241,7 +241,7 @@ def test_a_reference_that_is_none(make_repository, monkeypatch):
 def test_no_host_there(series, monkeypatch):
     monkeypatch.setenv("BLOCKFERRY_BORG", BORGS[series])
     monkeypatch.setenv("BORG_RSH", "sh -c 'echo no route to host >&2; sleep 1; exit 255'")
-    repository = blockferry_open_repository("borg:ssh://somebody@nowhere.example/./repository")
+    repository = blockferry_open_repository("borg:ssh://somebody@nowhere.example/./repository", os.environ)
     with contextlib.closing(repository), pytest.raises(RepositoryError) as caught:
         repository.snapshots()
     assert "no route to host" in told(caught.value)

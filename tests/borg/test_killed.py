@@ -110,7 +110,7 @@ class Slow(Volume):
             print("here", flush=True)
             time.sleep(600)
 
-repository = blockferry_open_repository("borg:{location}")
+repository = blockferry_open_repository("borg:{location}", os.environ)
 store(repository, Slow(content(60 * MIB)), BlockMap.build(60 * MIB, data=ExtentSet.whole(60 * MIB)))
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -215,10 +216,10 @@ def test_archives_of_others_are_left_alone(place, open_repository, tmp_path):
 def test_the_environment_names_the_repository(place, open_repository, monkeypatch):
     stored = store(open_repository(place), Volume(content(MIB)), BlockMap.build(MIB, data=ExtentSet.whole(MIB)))
     monkeypatch.setenv("BORG_REPO", place.location)
-    repository = blockferry_open_repository("borg:")
+    repository = blockferry_open_repository("borg:", os.environ)
     assert repository.snapshots() == [stored.snapshot]
     repository.close()
-    assert blockferry_open_repository("restic:/srv") is None
+    assert blockferry_open_repository("restic:/srv", os.environ) is None
 
 
 @newest

@@ -18,7 +18,7 @@ SECRET_URL = "rest:https://user:secr@et@nas.example:8000/vms"
 
 
 def test_other_references_are_not_ours() -> None:
-    assert blockferry_open_repository(reference="borg:/srv/restic:x") is None
+    assert blockferry_open_repository("borg:/srv/restic:x", {}) is None
 
 
 @pytest.mark.parametrize(

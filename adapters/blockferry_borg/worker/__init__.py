@@ -6,7 +6,7 @@ Nothing here imports anything but the standard library (of Python 3.8 and later)
 JSON object a line, a reply to each request. Contents never go through those pipes: they lie in shared memory
 (DESCRIPTOR, a memfd), which is cut into slots that only the parent gives out.
 
-    -> {"repository": R, "lock_wait": SECONDS, "slot": BYTES}       greeting, once
+    -> {"repository": R, "lock_wait": SECONDS, "umask": OCTAL or "", "slot": BYTES}             greeting, once
     <- {"borg": VERSION}
 
     -> {"op": "list"}

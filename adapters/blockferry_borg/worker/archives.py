@@ -40,13 +40,14 @@ class LocationError(Exception):
 class Connection:
     """How to open the repository, as often as needed."""
 
-    def __init__(self, reference: str, lock_wait: int) -> None:
+    def __init__(self, reference: str, lock_wait: int, umask: str) -> None:
         try:
             Location(reference)
         except ValueError as error:
             raise LocationError(str(error)) from None
         # Borg's own parser knows what this version's repository classes want to be told.
-        self.arguments = Archiver().parse_args(["--lock-wait", str(lock_wait), "list", "--", reference])
+        options = ["--lock-wait", str(lock_wait), *(["--umask", umask] if umask else [])]
+        self.arguments = Archiver().parse_args([*options, "list", "--", reference])
         self.lock_wait = lock_wait
         self._key: Any = None
         os.umask(self.arguments.umask)

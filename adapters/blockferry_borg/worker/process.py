@@ -31,7 +31,7 @@ def main() -> int:
     try:
         greeting = channel.take()
         channel.slot_size = greeting["slot"]
-        connection = Connection(greeting["repository"], greeting["lock_wait"])
+        connection = Connection(greeting["repository"], greeting["lock_wait"], greeting["umask"])
         channel.send(borg=borg.__version__)
         while True:
             request = channel.take()

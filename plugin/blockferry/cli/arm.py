@@ -17,6 +17,7 @@ from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.hot import parse_bytes
 from blockferry.cli.output import Listing
+from blockferry.config.reference import TOOLS, absolute
 from blockferry.errors import BlockferryError, PartialError, UsageError
 from blockferry.groups.stored import refuse_group
 from blockferry.hot import arming, attachment, client, showing_up
@@ -193,6 +194,8 @@ def _storable(reference: str) -> str:
     Raise UsageError if it cannot be kept: it holds a password.
     """
     tool, separator, where = reference.partition(":")
+    if tool in TOOLS:
+        return absolute(reference)
     where = where or os.environ.get(_VARIABLES.get(tool, ""), "")
     if not where:
         raise UsageError(
@@ -206,8 +209,8 @@ def _storable(reference: str) -> str:
     local = re.match(r"local:|", where)
     prefix = local[0] if local else ""
     path = where.removeprefix(prefix)
-    absolute = os.path.abspath(path) if os.path.exists(path) else path  # noqa: PTH100, PTH110  # a link stays one
-    return f"{tool}{separator}{prefix}{absolute}"
+    whole = os.path.abspath(path) if os.path.exists(path) else path  # noqa: PTH100, PTH110  # a link stays one
+    return f"{tool}{separator}{prefix}{whole}"
 
 
 def _directory(given: str) -> str:

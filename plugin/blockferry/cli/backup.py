@@ -14,10 +14,12 @@ from blockferry.backup import Result, back_up
 from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, repository_option
 from blockferry.cli.output import Bar, log
+from blockferry.config.reference import is_foreign
 from blockferry.difference import LATEST, Choice
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.forecast import Forecast, forecast
 from blockferry.hookspecs import FreezeOptions
+from blockferry.repository import Repository
 from blockferry.volume import Volume, default_name
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Store nothing: say what would be read, and why not less.")
 @click.option("--plan", "picture", is_flag=True, help="Like --dry-run, and show it as a picture of the volume.")
+@click.option(
+    "--no-job",
+    is_flag=True,
+    help="Without the hooks, monitoring and retention of the tool whose file names the repository.",
+)
 @json_option
 @click.pass_obj
 def backup(
@@ -72,6 +79,7 @@ def backup(
     sample: int,
     dry_run: bool,
     picture: bool,
+    no_job: bool,
 ) -> None:
     """Store VOLUME as one snapshot: the blocks in use, of which those are read that changed since an earlier one.
 
@@ -89,7 +97,7 @@ def backup(
                 "--due takes no volume, repository or --dry-run",
                 remedy="The configuration says what is due, and where to.",
             )
-        _groups().back_up_due(context)
+        _groups().back_up_due(context, job=not no_job)
         return
     if not volume:
         raise UsageError("no volume or group was named", remedy="Name one, or say --due for the groups that are due.")
@@ -99,7 +107,7 @@ def backup(
         _tell(context, _groups().foresee(context, group, reference, since), picture=picture)
         return
     if group:
-        _groups().back_up_one(context, group, reference, since)
+        _groups().back_up_one(context, group, reference, since, job=not no_job)
         return
     configured = None if "/" in volume else context.configuration.volumes.get(volume)
     if configured:
@@ -112,11 +120,21 @@ def backup(
             foreseen = forecast(context.manager, found, repository, freeze=freeze, choice=choice)
         _tell(context, foreseen, picture=picture)
         return
-    with context.backing_up(name or default_name(volume), reference) as repository:
+    if incremental and not no_job and is_foreign(context.reference(reference)):
+        raise UsageError(
+            "--incremental: the tool whose file names the repository would remove what the part lies on",
+            remedy="Leave it out: what did not change is not stored anew; or say --no-job.",
+        )
+
+    def store(repository: Repository) -> Result:
         found = Volume.discover(volume, name)
-        result = back_up(context.manager, found, repository, freeze=freeze, choice=choice, progress=context.output)
-        remember(context, repository.reference, result)
+        made = back_up(context.manager, found, repository, freeze=freeze, choice=choice, progress=context.output)
+        remember(context, repository.reference, made)
+        return made
+
+    result = context.back_up(reference, name or default_name(volume), store, job=not no_job)
     context.output.result(result.as_json(), lambda: _sentence(result))
+    context.complain()
 
 
 def remember(context: Context, reference: str, result: Result | SharedResult) -> None:

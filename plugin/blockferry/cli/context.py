@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import pluggy
@@ -15,7 +15,9 @@ import pluggy
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
 from blockferry.config.configuration import Configuration, load_configuration
-from blockferry.errors import UsageError
+from blockferry.config.reference import absolute
+from blockferry.errors import BlockferryError, UsageError
+from blockferry.hookspecs import Job
 from blockferry.joined import repository_with_log
 from blockferry.manager import mask, plugin_manager, tell
 from blockferry.repository import Repository
@@ -23,6 +25,7 @@ from blockferry.state import state_directory
 from blockferry.systemd import journal
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 _ENVIRONMENT = {"borg": ("BORG_REPO",), "restic": ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")}
 
@@ -34,6 +37,8 @@ class Context:
     output: Output
     config: str | None = None
     """The configuration file that `--config` names."""
+    problems: list[BlockferryError] = dataclasses.field(default_factory=list)
+    """What went wrong although a snapshot was stored."""
 
     @functools.cached_property
     def manager(self) -> pluggy.PluginManager:
@@ -46,8 +51,11 @@ class Context:
         return load_configuration(self.manager, self.config)
 
     def reference(self, reference: str | None) -> str:
-        """Return a reference, or else the one that the configuration names, or else the environment."""
-        return reference or self.configuration.repository or reference_from_environment()
+        """Return a reference, or else the one that the configuration names, or else the environment.
+
+        It is understood from any directory if it is into another tool's file.
+        """
+        return absolute(reference or self.configuration.repository or reference_from_environment())
 
     @contextlib.contextmanager
     def repository(self, reference: str | None, log_reference: str | None = None) -> Iterator[Repository]:
@@ -58,6 +66,43 @@ class Context:
         named = self.reference(reference)
         with contextlib.closing(repository_with_log(self.manager, named, log_reference)) as repository:
             yield repository
+
+    def back_up(
+        self, reference: str | None, volume: str, store: Callable[[Repository], Result], *, job: bool
+    ) -> Result:
+        """Make a backup in the repository that is named, within the job of the tool whose file names it, if one does.
+
+        With `job` false by itself in any case. What goes wrong after the snapshot is stored is noted in `problems`;
+        plugins learn if there is none.
+        """
+        named = self.reference(reference)
+        where = mask(named)
+        journal.about(volume=volume)
+
+        def noted(repository: Repository) -> Result:
+            nonlocal where
+            where = repository.reference
+            return store(repository)
+
+        try:
+            done: Job | None = None
+            if job:
+                done = self.manager.hook.blockferry_run_as_job(
+                    reference=named, environment=os.environ, volume=volume, store=noted
+                )
+            if done:
+                self.problems += [done.problem] if done.problem else []
+                return cast("Result", done.result)
+            with self.repository(named) as repository:
+                return noted(repository)
+        except BaseException as error:
+            self.tell_failure(volume, where, error)
+            raise
+
+    def complain(self) -> None:
+        """Raise the first of the problems, once the results are told."""
+        if self.problems:
+            raise self.problems[0]
 
     @contextlib.contextmanager
     def backing_up(self, volume: str, reference: str | None) -> Iterator[Repository]:
@@ -101,7 +146,8 @@ def repository_option(function: Decorated) -> Decorated:
         "--repo",
         "reference",
         metavar="REF",
-        help="borg:PATH-OR-URL or restic:PATH-OR-URL; else as configured, or BORG_REPO or RESTIC_REPOSITORY.",
+        help="borg:PATH-OR-URL, restic:PATH-OR-URL, borgmatic:FILE#LABEL, resticprofile:FILE#PROFILE or "
+        "autorestic:FILE#BACKEND; else as configured, or BORG_REPO or RESTIC_REPOSITORY.",
     )(function)
 
 

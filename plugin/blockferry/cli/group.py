@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -15,6 +15,7 @@ from blockferry.cli import completion as complete
 from blockferry.cli.backup import remember
 from blockferry.cli.context import Context, json_option
 from blockferry.cli.output import log
+from blockferry.config.reference import is_foreign
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
 from blockferry.forecast import Forecast
@@ -34,14 +35,14 @@ from blockferry.retention import carry_out, look_over
 _MOST_SHOWN = 20
 
 
-def back_up_due(context: Context) -> None:
+def back_up_due(context: Context, *, job: bool) -> None:
     """Back up the groups whose time has come; those on one filesystem in one go."""
     groups = due(context.configuration.groups.values(), last_runs(), datetime.datetime.now(datetime.UTC))
     done: list[dict[str, Any]] = []
     errors: list[BlockferryError] = []
     for together in _by_filesystem(groups):
         try:
-            done += [result.as_json() for result in back_up(context, together, None, "latest")]
+            done += [result.as_json() for result in back_up(context, together, None, "latest", job=job)]
         except BlockferryError as error:
             errors.append(error)
             done += [{"group": group.name, "error": error.message} for group in together]
@@ -50,13 +51,15 @@ def back_up_due(context: Context) -> None:
         raise errors[0]
     if errors:
         raise BlockferryError("; ".join(error.message for error in errors))
+    context.complain()
     _complain([problem["path"] for each in done for problem in each.get("problems", [])])
 
 
-def back_up_one(context: Context, group: Group, reference: str | None, since: str) -> None:
+def back_up_one(context: Context, group: Group, reference: str | None, since: str, *, job: bool) -> None:
     """Back up a group that was named."""
-    (result,) = back_up(context, [group], reference, since)
+    (result,) = back_up(context, [group], reference, since, job=job)
     context.output.result(result.as_json(), lambda: _sentence(result))
+    context.complain()
     _complain([os.fsdecode(path) for path, _reason in result.problems])
 
 
@@ -66,34 +69,63 @@ def foresee(context: Context, group: Group, reference: str | None, since: str) -
         return forecast(context.manager, group, repository, since=since, progress=context.output)
 
 
-def back_up(context: Context, groups: Sequence[Group], reference: str | None, since: str) -> list[GroupResult]:
-    """Back up groups that are on one filesystem, remove what their rules do not keep, and remember that they ran."""
+def back_up(
+    context: Context, groups: Sequence[Group], reference: str | None, since: str, *, job: bool
+) -> list[GroupResult]:
+    """Back up groups that are on one filesystem, and remember whether they ran.
+
+    With `job` each whose repository another tool's file names is backed up within a job of that tool's.
+    """
+    named = {each.name: context.reference(reference or each.repository) for each in groups}
+    own = [each for each in groups if job and is_foreign(named[each.name])]
+    results: list[GroupResult] = []
+    for group in own:
+
+        def store(repository: Repository, group: Group = group) -> list[GroupResult]:
+            return list(_stored(context, [(group, repository)], since))
+
+        began = datetime.datetime.now(datetime.UTC)
+        try:
+            results += context.back_up(named[group.name], group.name, store, job=True)
+        except BaseException:
+            record_run(group.name, began, ok=False)
+            raise
+    return results + _back_up_together(context, [(each, named[each.name]) for each in groups if each not in own], since)
+
+
+def _back_up_together(context: Context, groups: Sequence[tuple[Group, str]], since: str) -> list[GroupResult]:
+    """Back up groups, each to the repository of that reference; plugins learn of those that fail."""
     began = datetime.datetime.now(datetime.UTC)
     results: list[GroupResult] = []
     repositories: dict[str, Repository] = {}
     try:
         with contextlib.ExitStack() as opened:
-            for group in groups:
-                named = context.reference(reference or group.repository)
+            for _group, named in groups:
                 if named not in repositories:
                     repository = repository_named(context.manager, named)
                     repositories[named] = opened.enter_context(contextlib.closing(repository))
-            wanted = [(group, repositories[context.reference(reference or group.repository)]) for group in groups]
-            for (group, repository), result in zip(
-                wanted, back_up_groups(context.manager, wanted, since=since, progress=context.output), strict=True
-            ):
-                results.append(result)
-                remember(context, repository.reference, result.result)
-                record_run(group.name, began, ok=True)
-                _thin_out(group, repository)
+            wanted = [(group, repositories[named]) for group, named in groups]
+            results.extend(_stored(context, wanted, since))
     except BaseException as error:
-        for group in groups[len(results) :]:
+        for group, named in groups[len(results) :]:
             record_run(group.name, began, ok=False)
-            named = context.reference(reference or group.repository)
             where = repositories[named].reference if named in repositories else mask(named)
             context.tell_failure(group.name, where, error)
         raise
     return results
+
+
+def _stored(context: Context, wanted: Sequence[tuple[Group, Repository]], since: str) -> Iterator[GroupResult]:
+    """Yield what became of groups, one after the other, and remove what their rules do not keep."""
+    began = datetime.datetime.now(datetime.UTC)
+    if not wanted:
+        return
+    done = back_up_groups(context.manager, wanted, since=since, progress=context.output)
+    for (group, repository), result in zip(wanted, done, strict=True):
+        remember(context, repository.reference, result.result)
+        record_run(group.name, began, ok=True)
+        _thin_out(group, repository)
+        yield result
 
 
 def _thin_out(group: Group, repository: Repository) -> None:

@@ -46,6 +46,7 @@ COMMANDS = {
     "cluster": "cluster",
     "schedule": "schedule",
     "systemd": "systemd",
+    "config": "config",
     "doctor": "admin",
     "catalog": "admin",
     "completion": "completion",

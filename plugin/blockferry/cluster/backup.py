@@ -142,7 +142,7 @@ def _copied(
 ) -> Iterator[Stored]:
     """Have the shares copied; yield each that is stored."""
     cut = copying.cut(used, engine.shares, record.unit, record.size)
-    jobs = [copying.job_for(share, record, repository.reference) for share in cut]
+    jobs = [copying.job_for(share, record, repository.named) for share in cut]
     with progress.task("backup", used.align(record.unit, record.size).total) as advance:
         yield from engine.copy(jobs, repository, coordinator.check, advance)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pluggy
 
-from blockferry.config.section import nearest
+from blockferry.config.section import Where, nearest
 from blockferry.errors import UsageError
 from blockferry.groups.definition import Group
 
@@ -40,6 +40,8 @@ class Configuration:
     """The directory for files of metrics; "" for none."""
     volumes: Mapping[str, NamedVolume] = dataclasses.field(default_factory=dict, hash=False)
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, hash=False)
+    below: Callable[..., Where] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Gives, for the keys down to a mapping, what names the place of a key in it; None if it has no lines."""
 
     def group(self, name: str) -> Group:
         """Return the group of a name; raise UsageError if there is none."""

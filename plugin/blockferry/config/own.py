@@ -9,41 +9,116 @@ groups:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blockferry.config.configuration import Configuration, NamedVolume
-from blockferry.config.section import Section, Where, nearest
-from blockferry.errors import UsageError
+from blockferry.config.section import ConfigurationError, Section, Where, nearest, raise_all
+from blockferry.config.yaml_file import YamlFile
 from blockferry.groups.definition import Group, check_name
 from blockferry.hookspecs import hookimpl
+
+KEYS = ("repository", "volumes", "groups", "metrics")
+VOLUME_KEYS = ("path", "mount", "repository")
+
+Read = TypeVar("Read")
+Below = Callable[..., Where]
+"""Gives, for the keys down to a mapping, what names the place of a key in it."""
 
 
 @hookimpl
 def blockferry_load_config(path: str) -> Configuration:
     """Read any file: this is the last that is asked."""
-    mapping = _parse(path)
-    top = Section(mapping, _places(path, mapping, ""), ("repository", "volumes", "groups", "metrics"))
-    repository, metrics = top.text("repository"), top.text("metrics")
-    if metrics and not metrics.startswith("/"):
-        raise top.wrong("metrics", f"{metrics} is not absolute", "Write the whole path of a directory.")
+    file = YamlFile(path)
+    return understand(path, file.mapping, file.below)
+
+
+def understand(path: str, mapping: Mapping[Any, Any], below: Below, *, repository: str = "") -> Configuration:
+    """Return what a mapping says of repository, volumes and groups, wherever in the file it stands.
+
+    `repository` is the reference if it names none. Raise the first ConfigurationError, which has all the `others`.
+    """
+    mistakes: list[ConfigurationError] = []
+    own = dict(mapping)
+    _attempt(own, lambda own: _top(own, below()), mistakes)
+    top = _top(own, below())
+    repository = top.text("repository") or repository
     volumes, groups = top.mapping("volumes"), top.mapping("groups")
-    named = {name: _volume(path, volumes, name, repository) for name in volumes}
+    named: dict[str, NamedVolume] = {}
+    for name in volumes:
+        read = functools.partial(_volume, where=below("volumes", str(name)), name=name, repository=repository)
+        if volume := _attempt(_entry(volumes, name, below("volumes"), mistakes), read, mistakes):
+            named[name] = volume
+    read_groups: dict[str, Group] = {}
+    for name in groups:
+        entry = _entry(groups, name, below("groups"), mistakes)
+        if entry and entry.get("volume") in volumes and entry["volume"] not in named:
+            continue  # that volume's own mistake is what has to be mended
+        read_group = functools.partial(
+            _group, where=below("groups", str(name)), name=name, volumes=named, repository=repository
+        )
+        if group := _attempt(entry, read_group, mistakes):
+            read_groups[name] = group
+    raise_all(mistakes)
     return Configuration(
         file=path,
         repository=repository,
-        metrics=metrics,
+        metrics=top.text("metrics"),
         volumes=named,
-        groups={name: _group(path, groups, name, named, repository) for name in groups},
+        groups=read_groups,
+        below=below,
     )
 
 
-def _volume(path: str, volumes: Mapping[Any, Any], name: str, repository: str) -> NamedVolume:
+def _attempt(
+    own: dict[Any, Any] | None, read: Callable[[dict[Any, Any]], Read], mistakes: list[ConfigurationError]
+) -> Read | None:
+    """Return what `read` makes of a mapping; None if that is wrong. After a mistake it looks on without its key.
+
+    A group without a volume would not be looked at any further: it gets one.
+    """
+    good = True
+    while own is not None:
+        try:
+            result = read(own)
+        except ConfigurationError as error:
+            good = False
+            mistakes.append(error)
+            if error.key == "volume" and own.get("volume") != "/":
+                own["volume"] = "/"
+            elif error.key in own:
+                del own[error.key]
+            else:
+                return None
+        else:
+            return result if good else None
+    return None
+
+
+def _entry(
+    mapping: Mapping[Any, Any], name: Any, where: Where, mistakes: list[ConfigurationError]
+) -> dict[Any, Any] | None:
+    """Return a mapping that is in a mapping, None if it is none."""
+    return _attempt({name: mapping[name]}, lambda own: dict(Section(own, where, own).mapping(name)), mistakes)
+
+
+def _top(mapping: Mapping[Any, Any], where: Where) -> Section:
+    """Read what stands at the top."""
+    section = Section(mapping, where, KEYS)
+    section.text("repository")
+    section.mapping("volumes")
+    section.mapping("groups")
+    metrics = section.text("metrics")
+    if metrics and not metrics.startswith("/"):
+        raise section.wrong("metrics", f"{metrics} is not absolute", "Write the whole path of a directory.")
+    return section
+
+
+def _volume(mapping: Mapping[Any, Any], where: Where, name: Any, repository: str) -> NamedVolume:
     """Read one of the volumes."""
-    mapping = Section(volumes, _places(path, volumes, "volumes."), volumes.keys()).mapping(name)
-    where = _places(path, mapping, f"volumes.{name}.", _line(volumes, name, 1))
-    section = Section(mapping, where, ("path", "mount", "repository"))
+    section = Section(mapping, where, VOLUME_KEYS)
     check_name(name, section)
     volume = NamedVolume(name, section.text("path"), section.text("mount"), section.text("repository") or repository)
     if not volume.path:
@@ -52,59 +127,24 @@ def _volume(path: str, volumes: Mapping[Any, Any], name: str, repository: str) -
 
 
 def _group(
-    path: str, groups: Mapping[Any, Any], name: str, volumes: Mapping[str, NamedVolume], repository: str
+    mapping: Mapping[Any, Any], where: Where, name: Any, volumes: Mapping[str, NamedVolume], repository: str
 ) -> Group:
     """Read one of the groups, whose volume may be one that has a name."""
-    mapping = Section(groups, _places(path, groups, "groups."), groups.keys()).mapping(name)
-    where = _places(path, mapping, f"groups.{name}.", _line(groups, name, 1))
     own = dict(mapping)
     named = own.get("volume")
     if isinstance(named, str) and named and "/" not in named:
         if named not in volumes:
-            raise UsageError(f"{where('volume')}: {named}: no volume of that name", remedy=nearest(named, volumes))
+            raise ConfigurationError(
+                f"{where('volume')}: {named}: no volume of that name", remedy=nearest(named, volumes), key="volume"
+            )
         volume = volumes[named]
         own["volume"] = volume.mount or volume.path
         own["repository"] = own.get("repository") or volume.repository
         if Path(own["volume"]).exists() and not Path(own["volume"]).is_dir():
-            raise UsageError(
+            raise ConfigurationError(
                 f"{where('volume')}: {volume.path} is no directory, and a group is of files",
                 remedy=f"Say below volumes.{named} where it is mounted: mount: /mnt/data, for example.",
+                key="volume",
             )
     own["repository"] = own.get("repository") or repository
     return Group.parse(name, own, where)
-
-
-def _parse(path: str) -> Mapping[Any, Any]:
-    """Return the file's mapping, which knows of each key on which line it is; empty if there is nothing in it."""
-    from ruamel.yaml import YAML  # noqa: PLC0415  # takes a while, and few commands need it
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError  # noqa: PLC0415
-
-    remedy = "Have a look at its indentation, brackets and quotes."
-    try:
-        mapping = YAML(typ="rt", pure=True).load(Path(path).read_bytes())
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f"{mark.line + 1}:" if mark else ""
-        raise UsageError(f"{path}:{line} {error.problem or error.context}", remedy=remedy) from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", remedy="Name another with --config.") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is no YAML: {str(error).splitlines()[0]}", remedy=remedy) from None
-    if mapping is not None and not isinstance(mapping, Mapping):
-        raise UsageError(f"{path}:1: is no mapping", remedy="Write KEY: VALUE, as in groups: and volumes:.")
-    return mapping or {}
-
-
-def _places(path: str, mapping: Mapping[Any, Any], prefix: str, line: int = 1) -> Where:
-    """Return what names the file, the line and the keys down to one of a mapping's own, which begins at `line`."""
-
-    def where(key: str) -> str:
-        return f"{path}:{_line(mapping, key, line)}: {prefix}{key}".removesuffix(".")
-
-    return where
-
-
-def _line(mapping: Mapping[Any, Any], key: str, otherwise: int) -> int:
-    """Return the line of a key, counted from 1; `otherwise` if it has none, as what a merge (`<<`) brought."""
-    lines = getattr(getattr(mapping, "lc", None), "data", None) or {}
-    return int(lines[key][0]) + 1 if key in lines else otherwise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from blockferry.errors import UsageError
@@ -12,6 +12,25 @@ from blockferry.errors import UsageError
 Where = Callable[[str], str]
 """What to call the place of a key, as in `/etc/blockferry/config.yaml:12: groups.small.paths`; "" is the mapping."""
 
+
+class ConfigurationError(UsageError):
+    """A mistake in a configuration: the message has its place, `key` is the key in its mapping, "" for the mapping."""
+
+    def __init__(self, message: str, *, remedy: str, key: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.key = key
+        self.others: list[ConfigurationError] = []
+        """The other mistakes in the same file, in the order in which they were found."""
+
+
+def raise_all(mistakes: Sequence[ConfigurationError]) -> None:
+    """Raise the first of some mistakes, with the others; do nothing if there are none."""
+    if mistakes:
+        mistakes[0].others = list(mistakes[1:])
+        raise mistakes[0]
+
+
+QUOTE = "Write text on one line; in quotes if it is a number."
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -25,11 +44,13 @@ class Section:
         self._where = where
         for key in mapping:
             if key not in known:
-                raise UsageError(f"{self._place(str(key))}: no such key", remedy=nearest(str(key), known))
+                raise ConfigurationError(
+                    f"{self._place(str(key))}: no such key", remedy=nearest(str(key), known), key=key
+                )
 
-    def wrong(self, key: str, what: str, remedy: str) -> UsageError:
+    def wrong(self, key: str, what: str, remedy: str) -> ConfigurationError:
         """Return the error that says what is wrong with the value of a key."""
-        return UsageError(f"{self._place(key)}: {what}", remedy=remedy)
+        return ConfigurationError(f"{self._place(key)}: {what}", remedy=remedy, key=key)
 
     def text(self, key: str) -> str:
         """Return a string on one line, "" if there is none."""
@@ -37,7 +58,7 @@ class Section:
         if value is None:
             return ""
         if not isinstance(value, str) or _CONTROL.search(value):
-            raise self.wrong(key, f"{value!r} is no plain text", "Write text on one line; in quotes if it is a number.")
+            raise self.wrong(key, f"{value!r} is no plain text", QUOTE)
         return str(value)
 
     def texts(self, key: str) -> tuple[str, ...]:
