@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from blockferry.layers import Layer
 
 
 class Owned(NamedTuple):
@@ -85,3 +90,14 @@ class OwnedTree(Tree, Protocol):
 
     def attributes(self, path: str) -> Mapping[bytes, bytes]:
         """Return the extended attributes of what is at a path."""
+
+
+def seek_in(layer: Layer, offset: int, whence: int) -> int:
+    """Return where data, or a hole, begins at or after `offset` in a file that shows a layer; see `Tree.seek`."""
+    if 0 <= offset < layer.size:
+        data = layer.extents.clip(offset, layer.size)
+        if whence == os.SEEK_HOLE:
+            return int(data.ends[0]) if data and int(data.starts[0]) == offset else offset
+        if whence == os.SEEK_DATA and data:
+            return int(data.starts[0])
+    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
