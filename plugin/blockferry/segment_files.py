@@ -137,7 +137,7 @@ class _Descriptor:
     """An open file that is closed when nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
