@@ -71,7 +71,8 @@ class LayerTree:
 
     def seek(self, handle: int, offset: int, whence: int) -> int:
         """Return where data, or a hole, begins at or after `offset`; raise OSError with ENXIO if nowhere."""
-        return seek_in(self._layers[handle], offset, whence)
+        layer = self._layers[handle]
+        return seek_in(layer.extents, layer.size, offset, whence)
 
 
 def _nothing() -> None:

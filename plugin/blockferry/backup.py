@@ -24,7 +24,7 @@ from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
 from blockferry.ladder import used_blocks
 from blockferry.layers import CheckedLayer, CutLayer, FileLayer
 from blockferry.progress import Progress
-from blockferry.repository import Base, Repository, plan
+from blockferry.repository import Base, Repository, Snapshots, plan
 from blockferry.snapshot import (
     Record,
     Snapshot,
@@ -118,8 +118,8 @@ def back_up(
         difference, why = find_difference(manager, checkpoints, repository, volume, frozen.volume, choice)
         log.info("%s: %s", volume.path, difference.changed.method if difference else why)
         all_used = BlockMap.build(frozen.volume.size, data=used.extents)
-        everything = Plan(tier, _joined(why, *begun.reasons, reason), all_used)
-        record = _describe(snapshot, created, volume, frozen, used, begun, repository)
+        everything = Plan(tier, joined(why, *begun.reasons, reason), all_used)
+        record = describe(snapshot, created, volume, frozen, used, begun, repository)
         with frozen.volume.open_data() as disk:
             run = _Run(frozen, disk, used, repository, record, progress)
             try:
@@ -130,7 +130,7 @@ def back_up(
                     stored, record, compared = run.store(chosen, choice.sample)
             except (BaseUnusableError, DamagedSnapshotError) as error:
                 log.warning("%s; reading every block in use", error.message)
-                everything = dataclasses.replace(everything, reason=_joined(error.message, reason))
+                everything = dataclasses.replace(everything, reason=joined(error.message, reason))
                 stored, record, compared = run.store(everything, choice.sample)
             read = disk.bytes_read
     seconds = time.monotonic() - began
@@ -152,7 +152,7 @@ def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository
         block_map, bases = reusable(difference.chain, block_map, used.extents, repository)
         if not bases:
             raise BaseUnusableError("nothing can be taken over from an earlier snapshot in this repository")
-    return Plan(Tier.CHANGED, _joined(difference.remark, reason), block_map, bases, difference, part)
+    return Plan(Tier.CHANGED, joined(difference.remark, reason), block_map, bases, difference, part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +224,14 @@ def _taken_back(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
         raise
 
 
-def _describe(
+def describe(
     snapshot: str,
     created: str,
     volume: Volume,
     frozen: Frozen,
     used: UsedBlocks,
     begun: Begun,
-    repository: Repository,
+    repository: Snapshots,
 ) -> Record:
     """Return the record of a snapshot that is about to be stored, before it is known how."""
     still = frozen.volume
@@ -258,6 +258,6 @@ def _describe(
     )
 
 
-def _joined(*reasons: str) -> str:
+def joined(*reasons: str) -> str:
     """Return the reasons that there are, each once."""
     return "; ".join(dict.fromkeys(filter(None, reasons)))

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_MOUNTS = 8
+"""How many trees may lie over each other on one directory."""
 _PATIENCE = 20.0
 """Seconds for which a mount may take to appear, and its server to end."""
 
@@ -92,8 +94,19 @@ def mounted_on(tree: Tree, point: Path, *, stays_dead: bool = False) -> Iterator
 
 def unmount_from(point: Path) -> None:
     """Take the trees away that are mounted on a directory, their servers alive or dead; nothing else is touched."""
-    while ours_on(point):
-        _unmount(point)
+    for _ in range(_MOST_MOUNTS):
+        if ours_on(point):
+            _unmount(point)
+
+
+def unmounted(point: Path) -> bool:
+    """Take a mount away unless it is in use; tell whether that went well."""
+    if os.geteuid() == 0:
+        command = [find("umount", "util-linux"), "--", os.fspath(point)]
+    else:
+        command = [_fusermount(), "-u", "-q", "--", os.fspath(point)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True)
+    return done.returncode == 0
 
 
 def ours_on(point: Path) -> bool:

@@ -14,6 +14,7 @@ from blockferry.repository import Repository
 BUILTIN = (
     # A plugin registered later is asked earlier: each list reads from the last resort to the first choice.
     "blockferry.config.own",
+    "blockferry.directory",
     "blockferry.freeze.live",
     "blockferry.freeze.fsfreeze",
     "blockferry.freeze.reflink",

@@ -41,7 +41,10 @@ COMMANDS = {
     "track": "track",
     "guard": "guard",
     "cluster": "cluster",
+    "export": "export",
+    "release": "export",
     "schedule": "schedule",
+    "config": "config",
     "doctor": "admin",
     "catalog": "admin",
 }
