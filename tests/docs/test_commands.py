@@ -90,7 +90,7 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
         subprocess.run(["borg", "init", "--encryption=repokey-blake2", repository.removeprefix("borg:")], check=True)
         group = stored_group(place / "files", repository)
         return {
-            " ".join(words[: 2 if words[0] in {"catalog", "schedule", "udev"} else 1]): blockferry(*words)
+            " ".join(words[: 2 if words[0] in {"catalog", "config", "schedule", "udev"} else 1]): blockferry(*words)
             for words in (
                 ("files", group, "--to", place / "back", "--repo", repository),
                 ("used", image),
@@ -116,6 +116,9 @@ def printed(place: Path) -> dict[str, dict[str, object]]:
                 ("schedule", "remove", "--directory", place / "units"),
                 ("apply-log", stored_set(repository), "--repo", repository),
                 ("delete", "latest", "--repo", repository),
+                ("export", image),
+                ("release", "--force"),
+                ("config", "generate", "borgmatic", "small"),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
             )
