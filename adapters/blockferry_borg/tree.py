@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from blockferry.extents import ExtentSet
-from blockferry.fuse_tree import Node
+from blockferry.fuse_tree import Node, seek_in
 from blockferry.layers import CutLayer, Layer
 
 _ROOT = 1
@@ -73,17 +72,7 @@ class LayerTree:
     def seek(self, handle: int, offset: int, whence: int) -> int:
         """Return where data, or a hole, begins at or after `offset`; raise OSError with ENXIO if nowhere."""
         layer = self._layers[handle]
-        if 0 <= offset < layer.size:
-            data = layer.extents.clip(offset, layer.size)
-            if whence == os.SEEK_HOLE:
-                return _end_of_first(data) if data and int(data.starts[0]) == offset else offset
-            if whence == os.SEEK_DATA and data:
-                return int(data.starts[0])
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-
-
-def _end_of_first(extents: ExtentSet) -> int:
-    return int(extents.ends[0])
+        return seek_in(layer.extents, layer.size, offset, whence)
 
 
 def _nothing() -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from blockferry.errors import DamagedSnapshotError
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.layers import BaseLayer
+from blockferry.segment_files import SegmentsLayer
+from blockferry.segments import PER_DIRECTORY, VOLUME_DIRECTORY, segment_number
 from blockferry_restic.command import Restic
 from blockferry_restic.format import File, RepositoryReader, Rows
-from blockferry_restic.layer import BlobImage, MountedImage
-from blockferry_restic.segments import PER_DIRECTORY, VOLUME_DIRECTORY, segment_number
+from blockferry_restic.layer import BlobImage
 
 Check = Callable[[Offsets, Offsets], None]
 """Takes the numbers, sorted, and the sizes of all segments that a snapshot has."""
@@ -102,7 +103,7 @@ class RemoteArchive:
         """Return a file at the root."""
         return self._restic.dump(self._snapshot, f"/{name}", limit)
 
-    def image(self, size: int, unit: int, check: Check) -> MountedImage:
+    def image(self, size: int, unit: int, check: Check) -> SegmentsLayer:
         """Return the image, which keeps a `restic mount` until it is closed."""
         numbers, lengths = self._list(unit)
         check(numbers, lengths)
@@ -112,7 +113,7 @@ class RemoteArchive:
             root = point / self._snapshot
             if not root.is_dir():
                 raise _damaged(self._snapshot, "restic mount does not show it")
-            return MountedImage(root, size, unit, numbers, held.pop_all())
+            return SegmentsLayer(root / VOLUME_DIRECTORY, size, unit, numbers, held.pop_all())
 
     def _list(self, unit: int) -> tuple[Offsets, Offsets]:
         """Return the numbers and the sizes of all segments, as `restic ls` lists them."""

@@ -1,30 +1,25 @@
-"""A snapshot's image as a layer, over either way to its segments: the repository's format, or `restic mount`."""
+"""A snapshot's image as a layer, put together from the repository's blobs, and read ahead by several threads."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from blockferry.errors import DamagedSnapshotError
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.layers import BaseLayer, CutLayer
 from blockferry_restic.format import Rows
-from blockferry_restic.segments import VOLUME_DIRECTORY, directory_name, segment_name
 
 _CACHE_BYTES = 64 << 20
 _READERS = min(4, os.cpu_count() or 1)
 """Threads that read ahead: decryption, decompression and reads let go of the interpreter's lock."""
 _READ_THROUGH = 16 << 10
 """Gaps between extents that are cheaper to read than to leave out, in bytes."""
-_MOST_OPEN = 64
 
 
 class ReadAheadLayer(CutLayer):
@@ -86,66 +81,6 @@ class BlobImage(BaseLayer):
             buffer[place : place + len(piece)] = piece
 
 
-class MountedImage(BaseLayer):
-    """The segments of a snapshot, read from the files that `restic mount` shows; `close` ends the mount."""
-
-    def __init__(self, root: Path, size: int, unit: int, numbers: Offsets, held: contextlib.ExitStack) -> None:
-        """Take the snapshot's directory in the mount, the numbers of the segments in it, and what to let go of."""
-        self.size = size
-        self.extents = ExtentSet.from_ranges(numbers * unit, np.minimum((numbers + 1) * unit, size))
-        self._volume = root / VOLUME_DIRECTORY
-        self._unit = unit
-        self._held = held
-        self._lock = threading.Lock()
-        self._open: collections.OrderedDict[int, _Descriptor] = collections.OrderedDict()
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from the segments that overlap it."""
-        if not self.extents.covers(offset, offset + len(buffer)):
-            buffer[:] = bytes(len(buffer))
-        for start, length in self.extents.clip(offset, offset + len(buffer)):
-            position, end = start, start + length
-            while position < end:
-                number, within = divmod(position, self._unit)
-                count = min(self._unit - within, end - position)
-                self._read_segment(number, within, buffer[position - offset : position - offset + count])
-                position += count
-
-    def close(self) -> None:
-        """Close the files and take the mount away."""
-        with self._lock:
-            self._open.clear()
-        self._held.close()
-
-    def _read_segment(self, number: int, within: int, buffer: memoryview) -> None:
-        """Fill the buffer from one segment; restic authenticates what it serves, and fails the read otherwise."""
-        file = self._descriptor(number)
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(file.number, [buffer[done:]], within + done)
-            except OSError as error:
-                raise _unreadable(number * self._unit, error.strerror or "the read failed") from None
-            if not count:
-                raise _unreadable(number * self._unit, "it ends early")
-            done += count
-
-    def _descriptor(self, number: int) -> _Descriptor:
-        """Return an open segment; those that were not used for longest are let go of."""
-        with self._lock:
-            file = self._open.get(number)
-            if file is None:
-                path = self._volume / directory_name(number) / segment_name(number, self._unit)
-                try:
-                    file = self._open[number] = _Descriptor(path)
-                except OSError as error:
-                    raise _unreadable(number * self._unit, error.strerror or "it cannot be opened") from None
-                if len(self._open) > _MOST_OPEN:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return file
-
-
 class BlobCache:
     """The blobs that were used last, in a bounded number of bytes; a blob that two threads want is read once."""
 
@@ -185,21 +120,3 @@ class BlobCache:
                     break
                 if oldest != row and self._blobs[oldest].done():
                     self._bytes -= len(self._blobs.pop(oldest).result())
-
-
-class _Descriptor:
-    """An open file that is closed when nobody uses it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-def _unreadable(offset: int, reason: str) -> DamagedSnapshotError:
-    return DamagedSnapshotError(
-        f"the segment at {offset} cannot be read: {reason}",
-        remedy="Is the repository reachable? `restic check --read-data` tells whether it is sound.",
-    )

@@ -16,14 +16,7 @@ from blockferry.errors import BaseUnusableError, DamagedSnapshotError, Repositor
 from blockferry.fuse import mounted
 from blockferry.layers import Layer
 from blockferry.repository import Advance, Base, plan
-from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
-from blockferry_restic.archive import Archive, LocalArchive, RemoteArchive
-from blockferry_restic.command import Restic, Running
-from blockferry_restic.format import RepositoryReader, listing
-from blockferry_restic.layer import ReadAheadLayer
-from blockferry_restic.location import password
-from blockferry_restic.memory import Entry, Memory
-from blockferry_restic.segments import (
+from blockferry.segments import (
     STAMPS_NAME,
     Segments,
     Stamps,
@@ -33,6 +26,13 @@ from blockferry_restic.segments import (
     stamps_from_bytes,
     unit_for,
 )
+from blockferry.snapshot import MAP_NAME, RECORD_NAME, Record, Snapshot, Stored
+from blockferry_restic.archive import Archive, LocalArchive, RemoteArchive
+from blockferry_restic.command import Restic, Running
+from blockferry_restic.format import RepositoryReader, listing
+from blockferry_restic.layer import ReadAheadLayer
+from blockferry_restic.location import password
+from blockferry_restic.memory import Entry, Memory
 from blockferry_restic.tree import SegmentTree
 
 log = logging.getLogger(__name__)

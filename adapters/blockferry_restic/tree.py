@@ -1,4 +1,10 @@
-"""The tree that restic is given to back up: the segments of an image, read from a layer as restic asks for them."""
+"""The tree that restic is given to back up: the segments of an image, read from a layer as restic asks for them.
+
+/blockferry.json                    the record
+/blockferry.map                     the block map
+/blockferry.stamps                  the version stamp of every segment
+/volume/DDDDDD/OOOOOOOOOOOOOOOO     the segments, as in `blockferry.segments`
+"""
 
 from __future__ import annotations
 
@@ -11,20 +17,12 @@ from blockferry.blockmap import Kind
 from blockferry.errors import BaseUnusableError
 from blockferry.fuse_tree import Node
 from blockferry.layers import Layer
+from blockferry.segment_files import SegmentNodes
+from blockferry.segments import STAMPS_NAME, VOLUME_DIRECTORY, Segments, stamps_to_bytes
 from blockferry.snapshot import MAP_NAME, RECORD_NAME
-from blockferry_restic.segments import (
-    PER_DIRECTORY,
-    STAMPS_NAME,
-    VOLUME_DIRECTORY,
-    Segments,
-    directory_name,
-    segment_name,
-    segment_number,
-    stamps_to_bytes,
-)
 
-# Inodes: the root, /volume, the small files, then a range for directories and one for segments.
-_ROOT, _VOLUME, _FIRST_FILE, _FIRST_DIRECTORY, _FIRST_SEGMENT = 1, 2, 3, 1 << 24, 1 << 32
+_ROOT, _FIRST_FILE = 1, 3
+"""Inodes: between them, and above, are those of the segments."""
 
 
 class SegmentTree:
@@ -37,6 +35,7 @@ class SegmentTree:
         """Take the stored form of the record and the block map, and the stamp of this backup's own files."""
         self.source = source
         self.segments = segments
+        self._nodes = SegmentNodes(segments)
         self.stamp = stamp
         self.files = {RECORD_NAME: record, MAP_NAME: block_map, STAMPS_NAME: stamps_to_bytes(segments.stamps)}
         self.served = 0
@@ -55,16 +54,12 @@ class SegmentTree:
             match path.split("/")[1:]:
                 case [""]:
                     return Node(_ROOT, True, 0, self.stamp)
-                case [directory] if directory == VOLUME_DIRECTORY:
-                    return Node(_VOLUME, True, 0, int(self.segments.stamps.max(initial=0)))
+                case [directory, *names] if directory == VOLUME_DIRECTORY:
+                    return self._nodes.node(names)
                 case [name]:
                     number = list(self.files).index(name)
                     return Node(_FIRST_FILE + number, False, len(self.files[name]), self.stamp)
-                case [_volume, directory]:
-                    return self._directory(int(directory, 16))
-                case [_volume, directory, name]:
-                    return self._segment(segment_number(directory, name, self.segments.unit))
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, FileNotFoundError):
             pass
         raise FileNotFoundError(errno.ENOENT, path)
 
@@ -74,13 +69,8 @@ class SegmentTree:
             case [""]:
                 for name in (*self.files, VOLUME_DIRECTORY):
                     yield name, self.node(f"/{name}")
-            case [_volume]:
-                for number in sorted(set((self.segments.present() // PER_DIRECTORY).tolist())):
-                    yield directory_name(number * PER_DIRECTORY), self._directory(number)
-            case [_volume, directory]:
-                first = int(directory, 16) * PER_DIRECTORY
-                for number in self.segments.present(first, first + PER_DIRECTORY).tolist():
-                    yield segment_name(number, self.segments.unit), self._segment(number)
+            case [_volume, *names]:
+                yield from self._nodes.children(names)
 
     def open(self, path: str) -> int:
         """Return the inode of a file, which is its handle."""
@@ -89,11 +79,12 @@ class SegmentTree:
     def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
         """Fill the buffer from a file; after the first failure no read succeeds any more."""
         try:
-            if handle < _FIRST_SEGMENT:
+            segment = self._nodes.number(handle)
+            if segment < 0:
                 content = list(self.files.values())[handle - _FIRST_FILE][offset : offset + len(buffer)]
                 buffer[: len(content)] = content
                 return len(content)
-            return self._read_segment(handle - _FIRST_SEGMENT, offset, buffer)
+            return self._read_segment(segment, offset, buffer)
         except BaseException as error:  # whatever it is, restic must not take it for a file it may skip
             self._fail(error)
             raise OSError(errno.EIO, "the source failed") from None
@@ -125,18 +116,3 @@ class SegmentTree:
             if self.failure is None:
                 self.failure = error
                 self.on_failure()
-
-    def _directory(self, number: int) -> Node:
-        """Return the directory of that number: its time is the latest of its segments'."""
-        first = number * PER_DIRECTORY
-        newest = int(self.segments.stamps[first : first + PER_DIRECTORY].max())
-        if not newest:
-            raise ValueError("an empty directory is left out")
-        return Node(_FIRST_DIRECTORY + number, True, 0, newest)
-
-    def _segment(self, number: int) -> Node:
-        """Return the segment of that number."""
-        stamp = int(self.segments.stamps[number])
-        if not stamp:
-            raise ValueError("the segment is left out")
-        return Node(_FIRST_SEGMENT + number, False, self.segments.length(number), stamp)

@@ -23,7 +23,7 @@ from blockferry.freeze import hold_still
 from blockferry.hookspecs import FreezeOptions, Frozen, UsedBlocks
 from blockferry.layers import CheckedLayer, CutLayer, FileLayer
 from blockferry.progress import Progress
-from blockferry.repository import Repository, plan
+from blockferry.repository import Repository, Snapshots, plan
 from blockferry.snapshot import Record, Snapshot, Stability, Stored, Tier, new_snapshot_id, now
 from blockferry.state import exclusive
 from blockferry.survey import Plan, survey
@@ -97,7 +97,7 @@ def back_up(
         hold_still(manager, volume, freeze) as frozen,
     ):
         found = survey(manager, checkpoints, repository, volume, frozen, choice, begun.reasons)
-        record = _describe(snapshot, created, volume, frozen, found.used, begun, repository)
+        record = describe(snapshot, created, volume, frozen, found.used, begun, repository)
         with frozen.volume.open_data() as disk:
             run = _Run(frozen, disk, found.used, repository, record, progress)
             try:
@@ -183,14 +183,14 @@ def _taken_back(repository: Repository, snapshot: Snapshot) -> Iterator[None]:
         raise
 
 
-def _describe(
+def describe(
     snapshot: str,
     created: str,
     volume: Volume,
     frozen: Frozen,
     used: UsedBlocks,
     begun: Begun,
-    repository: Repository,
+    repository: Snapshots,
 ) -> Record:
     """Return the record of a snapshot that is about to be stored, before it is known how."""
     still = frozen.volume

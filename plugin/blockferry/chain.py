@@ -19,7 +19,7 @@ from blockferry.blockmap import BlockMap, Kind
 from blockferry.errors import DamagedSnapshotError, UsageError
 from blockferry.extents import ExtentSet, overlaps
 from blockferry.layers import CutLayer, Layer, Stack
-from blockferry.repository import Base, Repository
+from blockferry.repository import Base, Repository, Snapshots
 from blockferry.sets import refuse_share, without_shares
 from blockferry.shares import SharesLayer
 from blockferry.snapshot import Record, Snapshot
@@ -102,7 +102,7 @@ class Chain:
         return found
 
 
-def trace(repository: Repository, snapshot: Snapshot, among: Sequence[Snapshot] | None = None) -> Chain:
+def trace(repository: Snapshots, snapshot: Snapshot, among: Sequence[Snapshot] | None = None) -> Chain:
     """Return the chain of a snapshot; `among` is the repository's list, if somebody has it already.
 
     Raise DamagedSnapshotError, naming it, if a snapshot of the chain is gone or does not fit.
@@ -197,7 +197,7 @@ def delete(repository: Repository, victims: Sequence[Snapshot]) -> None:
     repository.delete([*sorted(victims, key=lambda victim: victim.share_of is not None), *shares])
 
 
-def _shares(repository: Repository, log: Link, by_id: Mapping[str, Snapshot]) -> list[Link]:
+def _shares(repository: Snapshots, log: Link, by_id: Mapping[str, Snapshot]) -> list[Link]:
     """Return the shares of a set; raise DamagedSnapshotError, naming it, if one is gone."""
     found = []
     for name in log.record.shares or ():

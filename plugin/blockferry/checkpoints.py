@@ -23,7 +23,7 @@ from typing import Any
 import pluggy
 
 from blockferry.hookspecs import Checkpoint
-from blockferry.repository import Repository
+from blockferry.repository import Snapshots
 from blockferry.snapshot import Record
 from blockferry.state import state_directory
 from blockferry.volume import Volume
@@ -74,7 +74,7 @@ class Checkpoints:
         self.directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextlib.contextmanager
-    def begun(self, volume: Volume, snapshot: str, created: str, repository: Repository, named: str) -> Iterator[Begun]:
+    def begun(self, volume: Volume, snapshot: str, created: str, repository: Snapshots, named: str) -> Iterator[Begun]:
         """Have the tracker that is named, or all, make a checkpoint.
 
         If the context fails they are released, else those that they supersede.

@@ -23,7 +23,7 @@ from blockferry.errors import DamagedSnapshotError, TrackerError, UsageError
 from blockferry.extents import ExtentSet
 from blockferry.hookspecs import ChangedBlocks
 from blockferry.layers import CutLayer, Layer
-from blockferry.repository import Base, Repository
+from blockferry.repository import Base, Repository, Snapshots
 from blockferry.sets import without_shares
 from blockferry.snapshot import Snapshot, find
 from blockferry.volume import Volume
@@ -71,7 +71,7 @@ class Difference:
 def find_difference(
     manager: pluggy.PluginManager,
     checkpoints: Checkpoints,
-    repository: Repository,
+    repository: Snapshots,
     volume: Volume,
     still: Volume,
     choice: Choice,
@@ -119,7 +119,7 @@ def compare_sample(disk: Layer, image: Layer, same: ExtentSet, count: int) -> in
     """
     now, then = CutLayer(disk, same), CutLayer(image, same)
     compared = 0
-    for start, length in _pieces(same, count):
+    for start, length in pieces(same, count, PIECE):
         here, there = bytearray(length), bytearray(length)
         now.read_into(start, memoryview(here))
         then.read_into(start, memoryview(there))
@@ -133,17 +133,17 @@ def compare_sample(disk: Layer, image: Layer, same: ExtentSet, count: int) -> in
     return compared
 
 
-def _pieces(same: ExtentSet, count: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of pieces on a grid, in order; every byte of `same` is equally likely to be in one."""
-    ends = np.cumsum(same.ends - same.starts)
+def pieces(extents: ExtentSet, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of pieces of `size` bytes on a grid, in order, drawn so that every byte is as likely."""
+    ends = np.cumsum(extents.ends - extents.starts)
     chosen = random.SystemRandom()
     places = set()
-    for _ in range(min(count, same.total)):
-        place = chosen.randrange(same.total)
+    for _ in range(min(count, extents.total)):
+        place = chosen.randrange(extents.total)
         number = int(np.searchsorted(ends, place, side="right"))
-        places.add((int(same.ends[number]) - (int(ends[number]) - place)) // PIECE)
+        places.add((int(extents.ends[number]) - (int(ends[number]) - place)) // size)
     for place in sorted(places):
-        yield place * PIECE, min(PIECE, same.end - place * PIECE)
+        yield place * size, min(size, extents.end - place * size)
 
 
 def _candidates(snapshots: Sequence[Snapshot], volume: Volume, since: str) -> list[Snapshot]:
@@ -163,7 +163,7 @@ def _candidates(snapshots: Sequence[Snapshot], volume: Volume, since: str) -> li
 
 def _ask(
     manager: pluggy.PluginManager,
-    repository: Repository,
+    repository: Snapshots,
     snapshots: Sequence[Snapshot],
     candidate: Snapshot,
     kept: Sequence[Kept],

@@ -40,12 +40,15 @@ from typing import TYPE_CHECKING
 from blockferry.errors import BlockferryError, ToolMissingError
 from blockferry.fuse_tree import Tree
 from blockferry.programs import find
+from blockferry.volume import all_mounts
 
 if TYPE_CHECKING:
     from blockferry.fuse_server import TreeServer
 
 log = logging.getLogger(__name__)
 
+_MOST_MOUNTS = 8
+"""How many trees may lie over each other on one directory."""
 _PATIENCE = 20.0
 """Seconds for which a mount may take to appear, and its server to end."""
 
@@ -70,13 +73,16 @@ def mounted(tree: Tree, *, name: str = "blockferry") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def mounted_on(tree: Tree, point: Path) -> Iterator[threading.Thread]:
+def mounted_on(tree: Tree, point: Path, *, stays_dead: bool = False) -> Iterator[threading.Thread]:
     """Mount a tree on a directory of the user's and give the server's thread, which ends when it is unmounted.
 
     Under root other users see it too, as far as the modes of its files let them. Leaving the context, or the end of
-    this process, takes the mount away. Errors as for `mounted`.
+    this process, takes the mount away; if it `stays_dead`, it is there after a process that was killed: whoever reads
+    gets errors then, where an empty directory would look as if there were nothing to read. `unmount_from` takes it
+    away. Errors as for `mounted`.
     """
-    with _unmounted_at_death(point), _terminating_signals_raise():
+    watched = contextlib.nullcontext() if stays_dead else _unmounted_at_death(point)
+    with watched, _terminating_signals_raise():
         server = _serve(tree, point, shared=os.geteuid() == 0)
         try:
             yield server
@@ -84,6 +90,29 @@ def mounted_on(tree: Tree, point: Path) -> Iterator[threading.Thread]:
             if server.is_alive():
                 _unmount(point)
                 server.join(_PATIENCE)
+
+
+def unmount_from(point: Path) -> None:
+    """Take the trees away that are mounted on a directory, their servers alive or dead; nothing else is touched."""
+    for _ in range(_MOST_MOUNTS):
+        if ours_on(point):
+            _unmount(point)
+
+
+def unmounted(point: Path) -> bool:
+    """Take a mount away unless it is in use; tell whether that went well."""
+    if os.geteuid() == 0:
+        command = [find("umount"), "--", os.fspath(point)]
+    else:
+        command = [_fusermount(), "-u", "-q", "--", os.fspath(point)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True)
+    return done.returncode == 0
+
+
+def ours_on(point: Path) -> bool:
+    """Tell whether what is mounted on a directory, if anything is, is a tree of ours."""
+    found = [mount.filesystem for mount in all_mounts() if mount.point == os.fspath(point)]
+    return bool(found) and found[-1] == "fuse.blockferry"
 
 
 @contextlib.contextmanager

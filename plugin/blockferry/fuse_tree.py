@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from blockferry.extents import ExtentSet
 
 
 class Owned(NamedTuple):
@@ -58,7 +63,8 @@ class Tree(Protocol):
     def seek(self, handle: int, offset: int, whence: int) -> int:
         """Return where data (`os.SEEK_DATA`) or a hole (`os.SEEK_HOLE`) begins at or after `offset`.
 
-        Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes.
+        Raise OSError with ENXIO if there is none, with ENOSYS if the tree knows of no holes: it is never asked again
+        then, for any file.
         """
 
 
@@ -85,3 +91,14 @@ class OwnedTree(Tree, Protocol):
 
     def attributes(self, path: str) -> Mapping[bytes, bytes]:
         """Return the extended attributes of what is at a path."""
+
+
+def seek_in(extents: ExtentSet, size: int, offset: int, whence: int) -> int:
+    """Return where data, or a hole, begins at or after `offset` in a file that has data at extents; see `Tree.seek`."""
+    if 0 <= offset < size:
+        data = extents.clip(offset, size)
+        if whence == os.SEEK_HOLE:
+            return int(data.ends[0]) if data and int(data.starts[0]) == offset else offset
+        if whence == os.SEEK_DATA and data:
+            return int(data.starts[0])
+    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))

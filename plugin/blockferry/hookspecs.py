@@ -208,6 +208,17 @@ def blockferry_freeze(
     """
 
 
+@hookspec
+def blockferry_thaw(path: str) -> None:
+    """Take away what a process that was killed has left of holding a volume still. All plugins are told.
+
+    Nothing may be left, and what another process holds still now stays as it is. Not called after a backup that was
+    killed: the next `blockferry_freeze` of the volume does the same.
+
+    :param path: the volume's, as the user named it. It may be gone.
+    """
+
+
 @hookspec(firstresult=True)
 def blockferry_used_extents(volume: Volume, declined: Declined) -> UsedBlocks | None:
     """Return every byte that any tool would read after a restore. Stops at the first answer.

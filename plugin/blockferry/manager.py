@@ -24,6 +24,7 @@ BUILTIN = (
     "blockferry.config.borgmatic",
     "blockferry.config.resticprofile",
     "blockferry.config.autorestic",
+    "blockferry.directory",
     "blockferry.freeze.live",
     "blockferry.freeze.fsfreeze",
     "blockferry.freeze.reflink",

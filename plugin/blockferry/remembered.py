@@ -52,6 +52,13 @@ class Remembered:
                 file.write(content)
             unfinished.rename(self._directory / name)
 
+    def names(self) -> list[str]:
+        """Return the names of the files that are there, sound or not."""
+        try:
+            return sorted(path.name for path in self._directory.iterdir() if not path.name.startswith("."))
+        except _CANNOT:
+            return []
+
     def keep(self, wanted: Callable[[str], bool], most: int) -> None:
         """Remove every file whose name is not wanted, and of the others all but those used last."""
         with contextlib.suppress(*_CANNOT):

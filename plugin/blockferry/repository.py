@@ -42,24 +42,37 @@ def plan(block_map: BlockMap, record: Record, bases: Sequence[Base]) -> BlockMap
     return BlockMap.build(grid.size, data=grid.extents(Kind.DATA), same=reused)
 
 
-class Repository(Protocol):
-    """A borg or restic repository that holds snapshots.
-
-    Used from one thread. Errors are RepositoryError and its kinds; a message never holds a credential. Nothing is
-    retried here beyond what the repository's own tool retries.
-    """
+class Snapshots(Protocol):
+    """Where snapshots are listed and described. Used from one thread; errors are RepositoryError and its kinds."""
 
     reference: str
     """Without credentials, and the same in whatever way the repository is named."""
+
+    def unit(self, size: int) -> int:
+        """Return the size, in bytes, of the chunks or segments that an image of `size` bytes is stored in."""
+
+    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
+        """Return every complete snapshot that blockferry wrote here, oldest first.
+
+        Whoever is about to store something may get the list before the repository's key was tried: storing tries it.
+        """
+
+    def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
+        """Return the record and the block map of a snapshot; DamagedSnapshotError if they cannot be read."""
+
+
+class Repository(Snapshots, Protocol):
+    """A borg or restic repository that holds snapshots.
+
+    A message never holds a credential. Nothing is retried here beyond what the repository's own tool retries.
+    """
+
     named: str
     """The reference by which any process with our environment can open it again."""
     capabilities: frozenset[str]
     """`reuse`: chunks of a base cost no read; `merge`: of several bases. `concurrent`: several writers at once.
     `parallel`: a layer serves several reads at the same time, also while `store` runs, and more may be opened, by any
     thread; else one after the other."""
-
-    def unit(self, size: int) -> int:
-        """Return the size, in bytes, of the chunks or segments that an image of `size` bytes is stored in."""
 
     def store(
         self, source: Layer, block_map: BlockMap, record: Record, *, bases: Sequence[Base], advance: Advance
@@ -70,15 +83,6 @@ class Repository(Protocol):
         taken from `bases`. All or nothing: after an error there is no snapshot, and no process, mount or lock is
         left. Raise BaseUnusableError if a base does not have its chunks any more.
         """
-
-    def snapshots(self, *, about_to_store: bool = False) -> list[Snapshot]:
-        """Return every complete snapshot that blockferry wrote here, oldest first.
-
-        Whoever is about to store something may get the list before the repository's key was tried: storing tries it.
-        """
-
-    def describe(self, snapshot: Snapshot) -> tuple[Record, BlockMap]:
-        """Return the record and the block map of a snapshot; DamagedSnapshotError if they cannot be read."""
 
     def open(self, snapshot: Snapshot) -> Layer:
         """Return the image for random access. Every byte is authenticated by the repository's own means.

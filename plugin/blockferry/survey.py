@@ -14,7 +14,7 @@ from blockferry.difference import Choice, Difference, find_difference, reusable
 from blockferry.errors import BaseUnusableError
 from blockferry.hookspecs import Frozen, UsedBlocks
 from blockferry.ladder import used_blocks
-from blockferry.repository import Base, Repository
+from blockferry.repository import Base, Repository, Snapshots
 from blockferry.snapshot import Tier, zeros_are_content
 from blockferry.volume import Volume
 
@@ -54,13 +54,13 @@ class Survey:
 
     def everything(self, why: str) -> Plan:
         """Return how to store all that is in use, and why not less."""
-        return Plan(self.tier, _joined(why, self.reason), BlockMap.build(self.size, data=self.used.extents))
+        return Plan(self.tier, joined(why, self.reason), BlockMap.build(self.size, data=self.used.extents))
 
 
 def survey(
     manager: pluggy.PluginManager,
     checkpoints: Checkpoints,
-    repository: Repository,
+    repository: Snapshots,
     volume: Volume,
     frozen: Frozen,
     choice: Choice,
@@ -72,7 +72,7 @@ def survey(
     log.info("%s: %d bytes in use, says %s", volume.path, used.extents.total, used.method)
     difference, why = find_difference(manager, checkpoints, repository, volume, frozen.volume, choice)
     log.info("%s: %s", volume.path, difference.changed.method if difference else why)
-    return Survey(frozen.volume.size, used, tier, reason, difference, _joined(why, *reasons))
+    return Survey(frozen.volume.size, used, tier, reason, difference, joined(why, *reasons))
 
 
 def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository: Repository, *, part: bool) -> Plan:
@@ -88,9 +88,9 @@ def _take_over(difference: Difference, used: UsedBlocks, reason: str, repository
         block_map, bases = reusable(difference.chain, block_map, used.extents, repository)
         if not bases:
             raise BaseUnusableError("nothing can be taken over from an earlier snapshot in this repository")
-    return Plan(Tier.CHANGED, _joined(difference.remark, reason), block_map, bases, difference, part)
+    return Plan(Tier.CHANGED, joined(difference.remark, reason), block_map, bases, difference, part)
 
 
-def _joined(*reasons: str) -> str:
+def joined(*reasons: str) -> str:
     """Return the reasons that there are, each once."""
     return "; ".join(dict.fromkeys(filter(None, reasons)))

@@ -151,6 +151,9 @@ def printed(place: Path, attach: Callable[[Path], str]) -> dict[str, dict[str, o
                 ("delete", "latest", "--repo", repository),
                 ("prune", "volume.img", "--keep-last", "9", "--repo", repository),
                 ("completion", "bash"),
+                ("export", image),
+                ("release", "--force"),
+                ("config", "generate", "borgmatic", "small"),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
             )

@@ -1,4 +1,4 @@
-"""`blockferry config`: what the configuration says, and whether it is right."""
+"""`blockferry config`: what the configuration says, whether it is right, and what to write into other tools' own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from blockferry.cli.context import Context, json_option
+from blockferry.cli.generate import generate
 from blockferry.config.check import mistakes_in
 from blockferry.config.schema import schema as schema_of_ours
 from blockferry.errors import UsageError
@@ -16,7 +17,10 @@ from blockferry.manager import mask
 
 @click.group()
 def config() -> None:
-    """What the configuration says, and whether it is right."""
+    """What the configuration says, whether it is right, and what other tools' configurations need."""
+
+
+config.add_command(generate)
 
 
 @config.command()
@@ -82,6 +86,7 @@ def show(context: Context) -> None:
 
 
 @config.command()
+@json_option
 @click.pass_obj
 def schema(_context: Context) -> None:
     """Print the JSON Schema of the configuration, for an editor to complete and check it by.

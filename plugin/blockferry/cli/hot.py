@@ -18,6 +18,7 @@ from blockferry.cli import completion as complete
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.errors import BlockferryError, UsageError
+from blockferry.export.client import standing
 from blockferry.hot import arming, attachment, client, daemon, movable
 from blockferry.hot.arming import Armed
 from blockferry.hot.client import Request
@@ -145,18 +146,19 @@ def _refuse_places(target: str | None, buffer: str | None, size: int | None) -> 
 @json_option
 @click.pass_obj
 def status(context: Context, name: str | None) -> None:
-    """Say how far the restore NAME is, or all of them.
+    """Say how far the restore NAME is, or all of them; without NAME also what is exported for other tools' jobs.
 
     \b
     Example:
       blockferry status sdb
     """
     found = [_status(each) for each in ([name] if name else _names())]
-    data: dict[str, Any] = {"version": 1, "restores": found} if name is None else {"version": 1, **found[0]}
+    exports = [] if name else standing()
+    data: dict[str, Any] = {"version": 1, **found[0]} if name else {"version": 1, "restores": found, "exports": exports}
 
     def listing() -> Listing:
         columns = ("name", "snapshot", "device", "target", "there", "of", "written", "rate", "state")
-        return Listing(columns, [_row(each) for each in found])
+        return Listing(columns, [*map(_row, found), *map(_row_of_export, exports)])
 
     context.output.result(data, listing)
 
@@ -271,6 +273,13 @@ def _row(said: dict[str, Any]) -> tuple[str, ...]:
         state += f", served ({sum(each['clients'] for each in said['exports'])} connected)"
     place = said.get("target") or said.get("buffer", "")
     return (said["name"], said["snapshot"], said["device"], place, *sizes[:3], f"{sizes[3]}/s", state)
+
+
+def _row_of_export(said: dict[str, Any]) -> tuple[str, ...]:
+    names = ", ".join(each["name"] for each in said["volumes"])
+    state = f"{said['state']}: {said['failure']}" if said.get("failure") else said["state"]
+    read = f"{decimal(said['bytes_read'])} read" if "bytes_read" in said else ""
+    return (names, "", "", said["at"], read, "", "", "", state)
 
 
 def _sentence(said: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ COMMANDS = {
     "track": "track",
     "guard": "guard",
     "cluster": "cluster",
+    "export": "export",
+    "release": "export",
     "schedule": "schedule",
     "systemd": "systemd",
     "config": "config",

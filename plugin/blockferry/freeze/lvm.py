@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import secrets
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -45,6 +46,13 @@ def blockferry_freeze(
     return entered("lvm", _held(volume), declined)
 
 
+@hookimpl
+def blockferry_thaw(path: str) -> None:
+    """Remove the snapshots of a logical volume that nobody has open."""
+    with contextlib.suppress(CannotHoldError, OSError):
+        _remove_stale(_look_up(path))
+
+
 @dataclasses.dataclass(frozen=True)
 class _LogicalVolume:
     group: str
@@ -60,7 +68,7 @@ class _LogicalVolume:
 
 @contextlib.contextmanager
 def _held(volume: Volume) -> Iterator[Frozen]:
-    origin = _look_up(volume)
+    origin = _look_up(volume.path)
     _remove_stale(origin)
     with contextlib.ExitStack() as made:
         path = _snapshot(origin, made)
@@ -75,11 +83,15 @@ def _held(volume: Volume) -> Iterator[Frozen]:
         )
 
 
-def _look_up(volume: Volume) -> _LogicalVolume:
+def _look_up(path: str) -> _LogicalVolume:
     """Ask LVM about the logical volume that a volume is; raise CannotHoldError if it is none."""
-    facts = os.stat(volume.path)
+    facts = os.stat(path)
     uuid = Path(f"/sys/dev/block/{os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)}/dm/uuid")
-    match = re.fullmatch(r"LVM-\w{32}(\w{32})\n", uuid.read_text()) if volume.is_device and uuid.exists() else None
+    match = (
+        re.fullmatch(r"LVM-\w{32}(\w{32})\n", uuid.read_text())
+        if stat.S_ISBLK(facts.st_mode) and uuid.exists()
+        else None
+    )
     if not match:
         raise CannotHoldError("it is not a logical volume")
     parts = re.fullmatch(r"(.{6})" + r"(.{4})" * 5 + r"(.{6})", match[1])

@@ -1,17 +1,15 @@
-"""How an image lies in a restic snapshot: one file a segment, and what names, times and inodes these have.
+"""An image as many files, for tools that skip a file that has not changed: names, times and inodes of its segments.
 
-    /blockferry.json                    the record
-    /blockferry.map                     the block map
-    /blockferry.stamps                  the version stamp of every segment
-    /volume/DDDDDD/OOOOOOOOOOOOOOOO     a segment: its name is its offset in the image, in hexadecimal
+    DDDDDD/OOOOOOOOOOOOOOOO     a segment: its name is its offset in the image, in hexadecimal
 
 A segment is `unit` bytes of the image, the last one what is left; 256 of them share a directory, whose name counts
 from 0 in hexadecimal. Segments without a byte in use are left out.
 
 restic takes a file as unchanged, without opening it, if its size, mtime, ctime and inode are those in the parent
-snapshot (restic's documentation, "File change detection"). So a segment's inode is a function of its number, and its
-mtime and ctime are its version stamp: for data a value that no other backup uses, for a segment that is as in the
-base the base's stamp. A directory's times are a function of what is in it, so equal directories are stored once.
+snapshot (restic's documentation, "File change detection"); borg if size, inode and either time are those in its files
+cache. So a segment's inode is a function of its number, and its mtime and ctime are its version stamp: for data a
+value that no other backup uses, for a segment that is as in the base the base's stamp. A directory's times are a
+function of what is in it, so equal directories are stored once.
 """
 
 from __future__ import annotations

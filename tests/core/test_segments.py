@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from blockferry.blockmap import BlockMap, Kind
 from blockferry.errors import DamagedSnapshotError
 from blockferry.extents import ExtentSet
-from blockferry_restic.segments import (
+from blockferry.segments import (
     Segments,
     check_complete,
     directory_name,

@@ -1,0 +1,1 @@
+"""Volumes as files, for as long as somebody else's backup job runs."""
