@@ -27,7 +27,7 @@ from sets_support import SharedVolume, common_record, make_set
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 BLOCKFERRY = str(Path(sys.executable).with_name("blockferry"))
-GROUPS = {"catalog", "cluster", "guard", "schedule", "systemd", "track", "udev"}
+GROUPS = {"catalog", "cluster", "config", "guard", "schedule", "systemd", "track", "udev"}
 """Commands that have commands below them."""
 MARK = "<!-- help: written by UPDATE_DOCS=1 pytest tests/docs/test_commands.py -->\n"
 
