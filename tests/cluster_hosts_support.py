@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster_load
-from commands_support import Done, blockferry, run
+from commands_support import Depot, Done, blockferry, run
 from hot_hosts_support import Host
 
 MIB = 1 << 20
@@ -130,3 +131,21 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]:
+    """Back the volume up from a host; return what the command says."""
+    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--json"]
+    return depot.ferry(*words, **host.env).json()
+
+
+def instant_of(depot: Depot, snapshot: str) -> int:
+    """Return when a snapshot was taken, in ns."""
+    shown = depot.ferry("show", snapshot, "--json").json()
+    created = datetime.datetime.fromisoformat(shown["created"])
+    return round(created.timestamp() * 1e6) * 1000
+
+
+def writes_of(hosts: list[SharingHost]) -> list[cluster_load.Write]:
+    """Return what the loads of all hosts wrote."""
+    return list(cluster_load.journal_of([journal for host in hosts for journal in host.journals()]))
