@@ -32,12 +32,14 @@ class SharingHost:
     namespace: Host | None = None
     loads: list[subprocess.Popen[bytes]] = dataclasses.field(default_factory=list)
     device: str = ""
+    state: Path | None = None
+    """Where its state lies; else in its home."""
 
     @property
     def env(self) -> dict[str, str]:
         return {
             "BLOCKFERRY_RUNTIME_DIR": str(self.home / "run"),
-            "BLOCKFERRY_STATE_DIR": str(self.home / "state"),
+            "BLOCKFERRY_STATE_DIR": str(self.state or self.home / "state"),
             "BLOCKFERRY_INDEX": self.index,
         }
 

@@ -53,6 +53,8 @@ class Coordinator:
     def __init__(self, index: LogIndex, volume: str, size: int, hosts: Sequence[str]) -> None:
         self.epoch = Epoch(secrets.token_hex(6), Stage.PREPARE, tuple(hosts))
         self.size = size
+        self.began = time.monotonic()
+        """When the first users may have begun to wait (monotonic clock)."""
         self._index, self._volume = index, volume
         self._failure = ""
         self._turn = threading.Lock()
@@ -141,6 +143,7 @@ class Coordinator:
         """Wait until every host, also one that came later, has reported so much; EpochError if one does not."""
         deadline = time.monotonic() + seconds
         while True:
+            self.check()
             reports = self._reports()
             self._refuse_failed(reports)
             missing = [host for host in {*self.epoch.hosts, *reports} if _state(reports, host) != report.value]
@@ -214,6 +217,8 @@ def coordinated(index: LogIndex, volume: str, size: int, wanted: Sequence[str]) 
 
     Raise UsageError if there are none, or one that is wanted is missing, or sees a volume of another size.
     """
+    # An index that is full has forgotten the guards by and by: it says so here, and not that there are none.
+    index.put(words.asked_key(volume), {}, lasts=words.RENEWED)
     hosts = hosts_of(index, volume)
     if missing := set(wanted) - hosts.keys():
         raise UsageError(

@@ -2,6 +2,7 @@
 
     volumes/NAME/epoch             what is to be done: written by the coordinator alone, and gone soon after it is
     volumes/NAME/hosts/HOST        a guard, renewed by it as long as it lives
+    volumes/NAME/asked             written before the guards are looked for: whether the index takes anything
     epochs/EPOCH/reports/HOST      how far a host is
     epochs/EPOCH/claims            which chunks are logged, and by which host
     epochs/EPOCH/logs/HOST         the queue by which its log is handed over
@@ -83,6 +84,11 @@ class Epoch:
 def epoch_key(volume: str) -> str:
     """Return where the coordinator's word is."""
     return f"volumes/{volume}/epoch"
+
+
+def asked_key(volume: str) -> str:
+    """Return what is written before the guards of a volume are looked for."""
+    return f"volumes/{volume}/asked"
 
 
 def host_key(volume: str, host: str = "") -> str:
