@@ -9,21 +9,17 @@ import sys
 import time
 
 from blockferry.cluster.coordinator import coordinated
-from blockferry.cluster.epoch import Stage
 from blockferry.manager import log_index_named, plugin_manager
 
 
-def stand(index: str, volume: str, size: int, stage: Stage) -> None:
+def stand(index: str, volume: str, size: int) -> None:
     """Stand until killed."""
     with coordinated(log_index_named(plugin_manager(), index), volume, size, []) as coordinator:
-        if stage is not Stage.PREPARE:
-            coordinator.hold()
-        if stage is Stage.OPEN:
-            coordinator.open()
-        sys.stdout.write("there\n")
+        coordinator.hold()
+        sys.stdout.write("held\n")
         sys.stdout.flush()
         time.sleep(120)
 
 
 if __name__ == "__main__":
-    stand(sys.argv[1], sys.argv[2], int(sys.argv[3]), Stage(sys.argv[4]))
+    stand(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -18,7 +18,7 @@ import cluster_coordinator
 import cluster_load
 from blockferry.cluster import epoch
 from blockferry.cluster.coordinator import progress_of
-from blockferry.cluster.epoch import Report, Stage
+from blockferry.cluster.epoch import Report
 from blockferry.cluster.index import PATIENCE, LogIndex
 from blockferry.volume import file_size
 from cluster_hosts_support import VOLUME, SharingHost, back_up, instant_of, writes_of
@@ -124,13 +124,13 @@ def wait_for_report(index: LogIndex, host: SharingHost, report: Report, seconds:
 
 
 @contextlib.contextmanager
-def standing(host: SharingHost, stage: Stage) -> Iterator[subprocess.Popen[bytes]]:
-    """Give a coordinator that took all hosts as far as they come in a stage, and does nothing more."""
-    words = [sys.executable, cluster_coordinator.__file__, host.index, VOLUME, str(file_size(host.volume)), stage]
+def standing(host: SharingHost) -> Iterator[subprocess.Popen[bytes]]:
+    """Give a coordinator that has all hosts hold their writes, and does nothing more."""
+    words = [sys.executable, cluster_coordinator.__file__, host.index, VOLUME, str(file_size(host.volume))]
     process = subprocess.Popen(words, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        assert process.stdout.readline() == b"there\n"
+        assert process.stdout.readline() == b"held\n"
         yield process
     finally:
         process.kill()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import cluster_files
-from blockferry.cluster.epoch import HELD, Stage
-from cluster_faults_support import ROUNDS, SLOW, THOROUGH, standing
+from blockferry.cluster.epoch import HELD
+from cluster_faults_support import ROUNDS, SLOW, standing
 from cluster_hosts_support import MIB, SharingHost, back_up, instant_of, sharing, wait_until
 from cluster_support import RedisServer
 from commands_support import new_depot, run
@@ -74,6 +74,7 @@ def test_files_are_as_they_were_at_the_instant(
     filesystem: str, host: SharingHost, files: Files, tmp_path: Path, mount: Mount
 ):
     depot = new_depot("restic", tmp_path / "repository")
+    longest = 0.0
     for number in range(ROUNDS):
         said = back_up(depot, host)
         assert said["bytes_logged"] > 0
@@ -87,13 +88,13 @@ def test_files_are_as_they_were_at_the_instant(
         assert cluster_files.check(place, files.writes(), instant_of(depot, said["snapshot"])) > 5
         run("umount", place)
         run(*CHECK[filesystem], restored)
-        assert files.longest() - said["seconds_held"] < 1
+        longest = max(longest, said["seconds_held"])
+    assert files.longest() < longest + 1
     assert files.end() == 0
 
 
-@pytest.mark.parametrize("stage", [pytest.param(Stage.PREPARE, marks=THOROUGH), Stage.HOLD])
-def test_the_coordinator_is_killed_while_it_is_frozen(stage: Stage, host: SharingHost, files: Files):
-    with standing(host, stage) as coordinator:
+def test_the_coordinator_is_killed_while_it_is_frozen(host: SharingHost, files: Files):
+    with standing(host) as coordinator:
         coordinator.kill()
         before = len(files.writes())
         time.sleep(0.5)

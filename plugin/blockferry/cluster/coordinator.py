@@ -16,7 +16,7 @@ from blockferry.cluster import epoch as words
 from blockferry.cluster.epoch import Epoch, Report, Stage
 from blockferry.cluster.index import LogIndex
 from blockferry.cluster.log import LogLayer, LogWriter
-from blockferry.cluster.member import PLACE
+from blockferry.cluster.part import PLACE
 from blockferry.errors import BlockferryError, EpochError, NotNowError, UsageError
 
 _LOOK_EVERY = 0.005
@@ -25,6 +25,10 @@ _WATCH_EVERY = 0.5
 _PATIENCE_FOR_LOGS = 60.0
 """Seconds in which some piece of a log has to come."""
 _PATIENCE_TO_SEAL = 30.0
+_PATIENCE_TO_WRITE_OUT = 120.0
+"""Nobody waits meanwhile."""
+_PATIENCE_TO_HOLD = words.HELD - 0.5
+"""Before hosts let go by themselves: here it is known which of them is missing."""
 
 
 def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
@@ -53,8 +57,8 @@ class Coordinator:
     def __init__(self, index: LogIndex, volume: str, size: int, hosts: Sequence[str]) -> None:
         self.epoch = Epoch(secrets.token_hex(6), Stage.PREPARE, tuple(hosts))
         self.size = size
-        self.began = time.monotonic()
-        """When the first users may have begun to wait (monotonic clock)."""
+        self.began = 0.0
+        """When users may have begun to wait (monotonic clock)."""
         self._index, self._volume = index, volume
         self._failure = ""
         self._turn = threading.Lock()
@@ -73,19 +77,22 @@ class Coordinator:
             raise EpochError(self._failure)
 
     def begin(self) -> None:
-        """Tell the hosts to prepare; raise NotNowError if another backup of the volume is under way."""
+        """Have all hosts write out what is dirty; raise NotNowError if another backup of the volume is under way."""
         if not self._index.put(self._key, self.epoch.as_json(), new=True, lasts=words.HEARD_OF):
             raise NotNowError(
                 f"{self._volume}: another backup of it is running, or ended a few seconds ago without a word",
                 remedy="Try again when it is done.",
             )
         self._watcher.start()
-        self._wait_for(Report.QUIET, words.HELD)
+        self._wait_for(Report.READY, _PATIENCE_TO_WRITE_OUT)
 
     def hold(self) -> None:
-        """Have all hosts hold their writes."""
+        """Have all hosts freeze their filesystems and hold their writes."""
+        self.began = time.monotonic()
+        self._tell(Stage.FREEZE)
+        self._wait_for(Report.QUIET, _PATIENCE_TO_HOLD)
         self._tell(Stage.HOLD)
-        self._wait_for(Report.HELD, words.HELD)
+        self._wait_for(Report.HELD, self.began + _PATIENCE_TO_HOLD - time.monotonic())
 
     def open(self) -> None:
         """Make this the instant: what is written from here on is logged. Return when all hosts know."""
