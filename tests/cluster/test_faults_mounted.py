@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 import cluster_files
 from blockferry.cluster.epoch import HELD
-from cluster_faults_support import ROUNDS, SLOW, standing
+from cluster_faults_support import ROUNDS, SLOW, THOROUGH, standing
 from cluster_hosts_support import MIB, SharingHost, back_up, instant_of, sharing, wait_until
 from cluster_support import RedisServer
 from commands_support import new_depot, run
@@ -102,3 +103,15 @@ def test_the_coordinator_is_killed_while_it_is_frozen(host: SharingHost, files: 
         wait_until(lambda: len(files.writes()) > before + 10, HELD + SLOW)
     assert HELD / 2 < files.longest() < HELD + SLOW
     assert files.end() == 0
+
+
+@THOROUGH
+def test_the_guard_is_killed_while_it_is_frozen(host: SharingHost, files: Files, tmp_path: Path):
+    with standing(host):
+        os.kill(host.guard_process(), signal.SIGKILL)
+        # The disk is gone, as if it was unplugged; whoever writes learns that, and need not wait for ever.
+        assert files.process.wait(HELD + SLOW) != 0
+        run("umount", tmp_path / "mounted-0", timeout=HELD + SLOW)
+    host.clear_away()
+    run("mount", host.volume, tmp_path / "mounted-0")
+    assert cluster_files.check(tmp_path / "mounted-0", files.writes(), time.time_ns()) > 5
