@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster_hosts_support import MIB
-from cluster_support import PROGRAMS, RedisServer, running_redis
+from cluster_support import RedisServer, running_redis
 from conftest import Attach
 
 
@@ -23,13 +23,6 @@ def volume(request: pytest.FixtureRequest, tmp_path: Path, attach: Attach) -> st
 
 @pytest.fixture
 def redis() -> Iterator[RedisServer]:
-    """A server that can be killed, stopped and started again."""
+    """A server that can be killed, stopped and started again; skipped with the remedy if there is none."""
     with running_redis() as server:
-        yield server
-
-
-@pytest.fixture(params=PROGRAMS or ["redis-server"])
-def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    """The same, of each program there is; skipped with the remedy if there is none."""
-    with running_redis(program=request.param) as server:
         yield server
