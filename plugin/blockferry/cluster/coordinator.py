@@ -15,7 +15,8 @@ import numpy as np
 from blockferry.cluster import epoch as words
 from blockferry.cluster.epoch import Epoch, Report, Stage
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import LogLayer, LogWriter
+from blockferry.cluster.log import LogLayer
+from blockferry.cluster.log_writer import LogWriter
 from blockferry.cluster.part import PLACE
 from blockferry.errors import BlockferryError, EpochError, NotNowError, UsageError
 

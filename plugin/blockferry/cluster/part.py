@@ -19,7 +19,8 @@ from blockferry.cluster.before_images import BeforeImages
 from blockferry.cluster.epoch import Epoch, Report, Stage
 from blockferry.cluster.guard import Guard
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import LogLayer, LogWriter
+from blockferry.cluster.log import LogLayer
+from blockferry.cluster.log_writer import LogWriter
 from blockferry.cluster.shared_device import SharedDevice
 from blockferry.errors import BlockferryError
 from blockferry.freeze import CannotHoldError
