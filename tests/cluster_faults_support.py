@@ -62,13 +62,13 @@ class Trouble:
                 host.start()
                 self.load(host)
 
-    def back_up_while(self, what: Callable[[], None], after: float = 0) -> Ended:
+    def back_up_while(self, what: Callable[[], None], after: float = 0, **env: str) -> Ended:
         """Back the volume up from the first host; `what` fails so many seconds after the beginning."""
         host = self.hosts[0]
         words = ["cluster", "backup", host.volume, "--name", VOLUME, "--repo", self.depot.reference, "--json"]
         self.process = subprocess.Popen(
             command(*words),
-            env=os.environ | host.env | self.depot.env,
+            env=os.environ | host.env | self.depot.env | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -93,22 +93,6 @@ def test_the_coordinator_is_killed(depot: Depot, hosts: list[SharingHost], tmp_p
     trouble.one_more_is_right()
 
 
-@THOROUGH
-def test_the_repository_is_full(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
-    small = tmp_path / "small"
-    small.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=400k", "none", small)
-    try:
-        depot = new_depot("restic", small / "repository")
-        trouble = Trouble(depot, hosts, tmp_path)
-        done = trouble.back_up_while(lambda: None, 0)
-        assert done.returncode
-        assert "Traceback" not in done.stderr
-        trouble.the_hosts_went_on()
-    finally:
-        run("umount", "--lazy", small)
-
-
 def test_one_host_is_cut_off(depot: Depot, tmp_path: Path, volume: str):
     with namespaces(3, hidden=()) as (server, *spaces):
         settings = [f"bind {server.address}", "port 6379", "protected-mode no"]

@@ -64,7 +64,8 @@ def test_a_host_is_killed_at_the_instant(report: Report, trouble: Trouble, index
     trouble.one_more_is_right()
 
 
-@pytest.mark.parametrize("stands", [False, pytest.param(True, marks=THOROUGH)])
+@THOROUGH
+@pytest.mark.parametrize("stands", [False, True])
 def test_the_coordinator_is_killed_while_hosts_hold_their_writes(stands: bool, trouble: Trouble):
     first = trouble.hosts[0]
     with standing(first) as coordinator:
@@ -77,7 +78,8 @@ def test_the_coordinator_is_killed_while_hosts_hold_their_writes(stands: bool, t
     assert trouble.depot.archives() == []
 
 
-@pytest.mark.parametrize("report", [Report.HELD, pytest.param(Report.LOGGING, marks=THOROUGH)])
+@THOROUGH
+@pytest.mark.parametrize("report", [Report.HELD, Report.LOGGING])
 def test_the_index_hangs_for_longer_than_writes_are_held(
     report: Report, trouble: Trouble, index: LogIndex, redis: RedisServer
 ):
