@@ -94,6 +94,7 @@ def test_files_are_as_they_were_at_the_instant(
     assert files.end() == 0
 
 
+@pytest.mark.parametrize("filesystem", ["ext4", pytest.param("xfs", marks=THOROUGH)], indirect=True)
 def test_the_coordinator_is_killed_while_it_is_frozen(host: SharingHost, files: Files):
     with standing(host) as coordinator:
         coordinator.kill()

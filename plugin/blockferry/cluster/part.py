@@ -131,6 +131,11 @@ class Part:
             self._writing_out.start()
         return not self._writing_out.is_alive()
 
+    def _write_out(self, users: Volume | None) -> None:
+        with contextlib.suppress(OSError, BlockferryError):  # it fails again, and is told, when writes are held
+            _write_out(_mounts(users))
+            self._guard.sync()
+
     def _freeze(self, users: Volume | None) -> None:
         """Have the filesystems on the disk keep still if they can, else write out what has become dirty."""
         mounts = _mounts(users)
@@ -172,11 +177,6 @@ class Part:
 def _mounts(users: Volume | None) -> list[Mount]:
     """Return the mounts on a disk that may have something to write."""
     return [mount for mount in users.users() if not mount.read_only] if users else []
-
-
-def _try_to_write_out(users: Volume | None) -> None:
-    with contextlib.suppress(OSError):  # it fails again, and is told, when they are frozen
-        _write_out(_mounts(users))
 
 
 def _write_out(mounts: Sequence[Mount]) -> None:
