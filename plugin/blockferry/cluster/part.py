@@ -123,11 +123,9 @@ class Part:
         return BeforeImages(self._device, self._index, words.claims_of(self.epoch.id), self._host, writer)
 
     def _written_out(self, users: Volume | None) -> bool:
-        """Have the filesystems on the disk write out what is dirty, behind our back; return whether they have."""
+        """Have what is dirty written out, behind our back; return whether it is."""
         if self._writing_out is None:
-            self._writing_out = threading.Thread(
-                target=_write_out, args=[_mounts(users)], name="write out", daemon=True
-            )
+            self._writing_out = threading.Thread(target=self._write_out, args=[users], name="write out", daemon=True)
             self._writing_out.start()
         return not self._writing_out.is_alive()
 
