@@ -17,6 +17,7 @@ from blockferry.cluster.index import LogIndex
 from blockferry.cluster.member import Member
 from blockferry.errors import EpochError
 from blockferry.volume import Volume
+from cluster_faults_support import SLOW
 from cluster_hosts_support import MIB, VOLUME
 from cluster_support import open_index
 
@@ -87,12 +88,16 @@ def test_nobody_waits_for_what_takes_long_to_write_out(
     assert waited[0] < HELD
 
 
-def test_a_host_that_is_not_ready_to_hold_in_time_is_named(
-    guard: Guard, index: LogIndex, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("said", "missing"), [({"state": "quiet"}, "held"), ({"state": "ready", "frozen": ["/srv"]}, "quiet")]
+)
+def test_a_host_that_is_not_ready_while_users_wait_is_named(
+    guard: Guard, index: LogIndex, said: dict[str, object], missing: str
 ) -> None:
     with coordinated(index, VOLUME, SIZE, []) as begun:
         index.put(epoch.host_key(VOLUME, "another"), {})
-        index.put(epoch.report_key(begun.epoch.id, "another"), {"state": "ready"})
-        with pytest.raises(EpochError, match=r"another: did not report `quiet`"):
+        index.put(epoch.report_key(begun.epoch.id, "another"), said)
+        with pytest.raises(EpochError, match=rf"another: did not report `{missing}`"):
             begun.hold()
+        assert time.monotonic() - begun.began < HELD + SLOW
     guard.write(0, memoryview(bytes(4096)))

@@ -27,9 +27,9 @@ _PATIENCE_FOR_LOGS = 60.0
 """Seconds in which some piece of a log has to come."""
 _PATIENCE_TO_SEAL = 30.0
 _PATIENCE_TO_WRITE_OUT = 120.0
-"""Nobody waits meanwhile."""
+"""Nobody waits meanwhile, unless a filesystem is frozen."""
 _PATIENCE_TO_HOLD = words.HELD - 0.5
-"""Before hosts let go by themselves: here it is known which of them is missing."""
+"""Seconds while users wait. Less than until hosts let go by themselves: here it is known which of them is missing."""
 
 
 def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
@@ -69,8 +69,8 @@ class Coordinator:
     @property
     def filesystems_still(self) -> bool:
         """Whether filesystems are mounted behind the guards, and every one of them holds still, not just its device."""
-        reports = self._reports().values()
-        return any(each.get("frozen") for each in reports) and not any(each.get("remarks") for each in reports)
+        reports = self._reports()
+        return self._frozen(reports) and not any(each.get("remarks") for each in reports.values())
 
     def check(self) -> None:
         """Raise EpochError if the epoch is void."""
@@ -91,9 +91,11 @@ class Coordinator:
         """Have all hosts freeze their filesystems and hold their writes."""
         self.began = time.monotonic()
         self._tell(Stage.FREEZE)
-        self._wait_for(Report.QUIET, _PATIENCE_TO_HOLD)
+        self._wait_for(Report.QUIET, _PATIENCE_TO_WRITE_OUT)
+        if not self._frozen(self._reports()):
+            self.began = time.monotonic()
         self._tell(Stage.HOLD)
-        self._wait_for(Report.HELD, self.began + _PATIENCE_TO_HOLD - time.monotonic())
+        self._wait_for(Report.HELD, _PATIENCE_TO_HOLD)
 
     def open(self) -> None:
         """Make this the instant: what is written from here on is logged. Return when all hosts know."""
@@ -157,8 +159,10 @@ class Coordinator:
             missing = [host for host in {*self.epoch.hosts, *reports} if _state(reports, host) != report.value]
             if not missing:
                 return
+            if report is Report.QUIET and self._frozen(reports):
+                deadline = min(deadline, self.began + _PATIENCE_TO_HOLD)
             if time.monotonic() > deadline:
-                raise EpochError(f"{', '.join(sorted(missing))}: did not report `{report}` within {seconds:g} s")
+                raise EpochError(f"{', '.join(sorted(missing))}: did not report `{report}` in time")
             time.sleep(_LOOK_EVERY)
 
     def _watch(self) -> None:
@@ -178,6 +182,10 @@ class Coordinator:
             except BlockferryError as error:
                 self._failure = error.message
                 return
+
+    @staticmethod
+    def _frozen(reports: dict[str, dict[str, Any]]) -> bool:
+        return any(said.get("frozen") for said in reports.values())
 
     def _refuse_failed(self, reports: dict[str, dict[str, Any]]) -> None:
         for host, said in reports.items():

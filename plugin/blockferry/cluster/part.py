@@ -88,9 +88,12 @@ class Part:
                     return None
                 self.images = self._new_images()
             case Stage.FREEZE, Report.READY:
-                self._let_go_at = time.monotonic() + words.HELD
+                began = time.monotonic()
                 self._freeze(users)
+                if self.frozen:
+                    self._let_go_at = began + words.HELD
             case Stage.HOLD, Report.QUIET:
+                self._let_go_at = min(self._let_go_at, time.monotonic() + words.HELD)
                 self._guard.hold(max(0.0, self._let_go_at - time.monotonic()))
             case Stage.OPEN, Report.HELD:
                 self._guard.release(self.images)
