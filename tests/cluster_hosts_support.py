@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster_load
-from commands_support import Done, blockferry, run
+from commands_support import Depot, Done, blockferry, run
 from hot_hosts_support import Host
 
 MIB = 1 << 20
@@ -31,12 +32,14 @@ class SharingHost:
     namespace: Host | None = None
     loads: list[subprocess.Popen[bytes]] = dataclasses.field(default_factory=list)
     device: str = ""
+    state: Path | None = None
+    """Where its state lies; else in its home."""
 
     @property
     def env(self) -> dict[str, str]:
         return {
             "BLOCKFERRY_RUNTIME_DIR": str(self.home / "run"),
-            "BLOCKFERRY_STATE_DIR": str(self.home / "state"),
+            "BLOCKFERRY_STATE_DIR": str(self.state or self.home / "state"),
             "BLOCKFERRY_INDEX": self.index,
         }
 
@@ -130,3 +133,21 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]:
+    """Back the volume up from a host; return what the command says."""
+    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--json"]
+    return depot.ferry(*words, **host.env).json()
+
+
+def instant_of(depot: Depot, snapshot: str) -> int:
+    """Return when a snapshot was taken, in ns."""
+    shown = depot.ferry("show", snapshot, "--json").json()
+    created = datetime.datetime.fromisoformat(shown["created"])
+    return round(created.timestamp() * 1e6) * 1000
+
+
+def writes_of(hosts: list[SharingHost]) -> list[cluster_load.Write]:
+    """Return what the loads of all hosts wrote."""
+    return list(cluster_load.journal_of([journal for host in hosts for journal in host.journals()]))

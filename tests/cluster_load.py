@@ -23,12 +23,13 @@ from pathlib import Path
 BLOCK = 4096
 MOST = 32
 """Blocks of one write, at most."""
+NEVER = (1 << 64) - 1
 _ENTRY = struct.Struct("<QQQQQ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """One write: blocks, who and which it was, and when it began and was acknowledged (ns, time.time_ns)."""
+    """One write: blocks, who and which it was, and when it began and was acknowledged (ns, time.time_ns), or NEVER."""
 
     first: int
     count: int
@@ -50,7 +51,7 @@ def load(device: str, locks: str, journal: str, seed: int) -> None:
     disk = os.open(device, os.O_RDWR | os.O_DIRECT)
     blocks = os.lseek(disk, 0, os.SEEK_END) // BLOCK
     memory = mmap.mmap(-1, MOST * BLOCK)
-    with open(locks, "r+b") as lock, open(journal, "ab", buffering=0) as written:
+    with open(locks, "r+b") as lock, open(journal, "w+b", buffering=0) as written:
         number = seed << 32
         while not ending:
             count = chance.choice([1, 1, 2, 5, 16, MOST])
@@ -59,11 +60,13 @@ def load(device: str, locks: str, journal: str, seed: int) -> None:
             number += 1
             memory[: count * BLOCK] = b"".join(content(number, first + each) for each in range(count))
             fcntl.lockf(lock, fcntl.LOCK_EX, count, first)
-            begin = time.time_ns()
+            entry = first, count, number, time.time_ns()
+            written.write(_ENTRY.pack(*entry, NEVER))
             os.pwrite(disk, memoryview(memory)[: count * BLOCK], first * BLOCK)
             if not chance.randrange(50):
                 os.fsync(disk)
-            written.write(_ENTRY.pack(first, count, number, begin, time.time_ns()))
+            written.seek(-_ENTRY.size, os.SEEK_END)
+            written.write(_ENTRY.pack(*entry, time.time_ns()))
             fcntl.lockf(lock, fcntl.LOCK_UN, count, first)
             time.sleep(chance.random() * 0.01)
 

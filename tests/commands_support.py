@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,28 @@ def new_depot(tool: str, path: Path) -> Depot:
     depot = Depot(tool, path, {secret: PASSPHRASE})
     depot.stock(*(["init", "--encryption=repokey-blake2"] if tool == "borg" else ["init"]))
     return depot
+
+
+@contextlib.contextmanager
+def locked(depot: Depot) -> Iterator[None]:
+    """Hold the repository's exclusive lock by the stock tool itself."""
+    env = os.environ | depot.env
+    if depot.tool == "borg":
+        holding = ["borg", "with-lock", str(depot.path), "sleep", "60"]
+    else:
+        # A check holds an exclusive lock, and reads this slowly for longer than the test lasts.
+        ballast = depot.path.with_name("ballast")
+        ballast.write_bytes(os.urandom(1 << 20))
+        run("restic", "-r", depot.path, "backup", ballast, env=env)
+        holding = ["restic", "-r", str(depot.path), "--limit-download=1", "check", "--read-data"]
+    holder = subprocess.Popen(holding, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    held = depot.path / {"borg": "lock.exclusive", "restic": "locks"}[depot.tool]
+    try:
+        while not (held.exists() and any(held.iterdir())):
+            assert holder.poll() is None
+            time.sleep(0.02)
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
+        depot.stock(*(["break-lock"] if depot.tool == "borg" else ["unlock"]))

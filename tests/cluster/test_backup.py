@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import cluster_load
-from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing
+from cluster_hosts_support import SharingHost, back_up, instant_of, sharing, writes_of
 from cluster_support import running_redis
 from commands_support import Depot
-from conftest import Attach
 
 pytestmark = pytest.mark.root
 
 ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "1"))
-SIZE = 24 * MIB
-
-
-@pytest.fixture
-def volume(tmp_path: Path, attach: Attach) -> str:
-    image = tmp_path / "volume.img"
-    image.write_bytes(random.Random(5).randbytes(SIZE))
-    return attach(image)
 
 
 @pytest.fixture
@@ -40,22 +29,6 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path, volume: str) -> Iterat
         if request.param > 1:
             index = running.enter_context(running_redis()).reference
         yield running.enter_context(sharing(request.param, tmp_path, volume, index))
-
-
-def instant_of(depot: Depot, snapshot: str) -> int:
-    """Return when a snapshot was taken, in ns."""
-    shown = depot.ferry("show", snapshot, "--json").json()
-    created = datetime.datetime.fromisoformat(shown["created"])
-    return round(created.timestamp() * 1e6) * 1000
-
-
-def writes_of(hosts: list[SharingHost]) -> list[cluster_load.Write]:
-    return list(cluster_load.journal_of([journal for host in hosts for journal in host.journals()]))
-
-
-def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]:
-    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--json"]
-    return depot.ferry(*words, **host.env).json()
 
 
 @pytest.mark.timeout(300 + 30 * ROUNDS)

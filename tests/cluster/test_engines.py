@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,22 +15,13 @@ from pathlib import Path
 import pytest
 
 import cluster_load
-from cluster.test_backup import instant_of, writes_of
-from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
+from cluster_hosts_support import MIB, VOLUME, SharingHost, instant_of, sharing, wait_until, writes_of
 from cluster_support import running_redis
 from commands_support import Depot, command, new_depot
-from conftest import Attach
 
 pytestmark = pytest.mark.root
 
 SIZE = 48 * MIB
-
-
-@pytest.fixture
-def volume(tmp_path: Path, attach: Attach) -> str:
-    image = tmp_path / "volume.img"
-    image.write_bytes(random.Random(5).randbytes(SIZE))
-    return attach(image)
 
 
 @pytest.fixture

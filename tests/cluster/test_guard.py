@@ -18,7 +18,8 @@ from blockferry.cluster import shared_device
 from blockferry.cluster.before_images import BeforeImages
 from blockferry.cluster.guard import Guard, HeldTooLongError, Logged
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import LogLayer, LogWriter
+from blockferry.cluster.log import LogLayer
+from blockferry.cluster.log_writer import LogWriter
 from blockferry.cluster.write_back import WriteBack
 from blockferry.errors import BlockferryError
 from blockferry.layers import Stack

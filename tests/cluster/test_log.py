@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockferry.cluster import log as log_module
-from blockferry.cluster.log import LogLayer, LogWriter, edit, make_room
+from blockferry.cluster.log import LogLayer, edit
+from blockferry.cluster.log_writer import LogWriter, make_room
 from blockferry.errors import LogError
 from blockferry.exception_store import image_places
 from blockferry.extents import ExtentSet

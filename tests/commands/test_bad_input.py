@@ -1,6 +1,5 @@
 """What a user can get wrong, and what a disk or repository can do: one or two lines, the right code, nothing lost."""
 
-import contextlib
 import filecmp
 import os
 import random
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, Done, blockferry, command, new_depot, run
+from commands_support import Depot, Done, blockferry, command, locked, new_depot, run
 
 
 @pytest.mark.parametrize(
@@ -76,31 +75,6 @@ def test_a_locked_repository_is_for_later(depot: Depot, image):
     with locked(depot):
         depot.ferry("backup", image).refused(75, "lock")
     assert depot.ferry("backup", image).code == 0
-
-
-@contextlib.contextmanager
-def locked(depot: Depot):
-    """Hold the repository's exclusive lock by the stock tool itself."""
-    env = os.environ | depot.env
-    if depot.tool == "borg":
-        holding = ["borg", "with-lock", str(depot.path), "sleep", "60"]
-    else:
-        # A check holds an exclusive lock, and reads this slowly for longer than the test lasts.
-        ballast = depot.path.with_name("ballast")
-        ballast.write_bytes(os.urandom(1 << 20))
-        run("restic", "-r", depot.path, "backup", ballast, env=env)
-        holding = ["restic", "-r", str(depot.path), "--limit-download=1", "check", "--read-data"]
-    holder = subprocess.Popen(holding, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    held = depot.path / {"borg": "lock.exclusive", "restic": "locks"}[depot.tool]
-    try:
-        while not (held.exists() and any(held.iterdir())):
-            assert holder.poll() is None
-            time.sleep(0.02)
-        yield
-    finally:
-        holder.kill()
-        holder.wait()
-        depot.stock(*(["break-lock"] if depot.tool == "borg" else ["unlock"]))
 
 
 def test_a_snapshot_that_is_not_there(depot: Depot, image, tmp_path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockferry.cluster.log import LogLayer, LogWriter
+from blockferry.cluster.log import LogLayer
+from blockferry.cluster.log_writer import LogWriter
 from blockferry.layers import FileLayer, Stack
 from conftest import Attach
 from devicemapper_support import contents, differing, run

@@ -100,12 +100,11 @@ def back_up_shared(
     copies, logs = repositories
     with exclusive(volume), coordinated(index, volume.name, volume.size, hosts) as coordinator:
         coordinator.hold()
-        held = time.monotonic()
         used, tier, reason = _used_within(manager, volume, _SECONDS_TO_LIST)
         record = _describe(volume, used, tier, reason, copies, still=coordinator.filesystems_still)
         coordinator.open()
         journal.about(volume=volume.name, snapshot=record.snapshot)
-        seconds_held = time.monotonic() - held
+        seconds_held = time.monotonic() - coordinator.began
         log.info("%s: as at %s, held for %.3f s", volume.path, record.created, seconds_held)
         with _taken_back(copies) as stored:
             for each in _copied(coordinator, record, used.extents, copies, engine, progress):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import LogWriter
+from blockferry.cluster.log_writer import LogWriter
 from blockferry.cluster.shared_device import SharedDevice
 from blockferry.errors import BlockferryError, EpochClosedError
 

@@ -15,8 +15,9 @@ import numpy as np
 from blockferry.cluster import epoch as words
 from blockferry.cluster.epoch import Epoch, Report, Stage
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import LogLayer, LogWriter
-from blockferry.cluster.member import PLACE
+from blockferry.cluster.log import LogLayer
+from blockferry.cluster.log_writer import LogWriter
+from blockferry.cluster.part import PLACE
 from blockferry.errors import BlockferryError, EpochError, NotNowError, UsageError
 
 _LOOK_EVERY = 0.005
@@ -25,6 +26,10 @@ _WATCH_EVERY = 0.5
 _PATIENCE_FOR_LOGS = 60.0
 """Seconds in which some piece of a log has to come."""
 _PATIENCE_TO_SEAL = 30.0
+_PATIENCE_TO_WRITE_OUT = 120.0
+"""Nobody waits meanwhile, unless a filesystem is frozen."""
+_PATIENCE_TO_HOLD = words.HELD - 0.5
+"""Seconds while users wait. Less than until hosts let go by themselves: here it is known which of them is missing."""
 
 
 def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
@@ -53,6 +58,8 @@ class Coordinator:
     def __init__(self, index: LogIndex, volume: str, size: int, hosts: Sequence[str]) -> None:
         self.epoch = Epoch(secrets.token_hex(6), Stage.PREPARE, tuple(hosts))
         self.size = size
+        self.began = 0.0
+        """When users may have begun to wait (monotonic clock)."""
         self._index, self._volume = index, volume
         self._failure = ""
         self._turn = threading.Lock()
@@ -62,8 +69,8 @@ class Coordinator:
     @property
     def filesystems_still(self) -> bool:
         """Whether filesystems are mounted behind the guards, and every one of them holds still, not just its device."""
-        reports = self._reports().values()
-        return any(each.get("frozen") for each in reports) and not any(each.get("remarks") for each in reports)
+        reports = self._reports()
+        return self._frozen(reports) and not any(each.get("remarks") for each in reports.values())
 
     def check(self) -> None:
         """Raise EpochError if the epoch is void."""
@@ -71,19 +78,24 @@ class Coordinator:
             raise EpochError(self._failure)
 
     def begin(self) -> None:
-        """Tell the hosts to prepare; raise NotNowError if another backup of the volume is under way."""
+        """Have all hosts write out what is dirty; raise NotNowError if another backup of the volume is under way."""
         if not self._index.put(self._key, self.epoch.as_json(), new=True, lasts=words.HEARD_OF):
             raise NotNowError(
                 f"{self._volume}: another backup of it is running, or ended a few seconds ago without a word",
                 remedy="Try again when it is done.",
             )
         self._watcher.start()
-        self._wait_for(Report.QUIET, words.HELD)
+        self._wait_for(Report.READY, _PATIENCE_TO_WRITE_OUT)
 
     def hold(self) -> None:
-        """Have all hosts hold their writes."""
+        """Have all hosts freeze their filesystems and hold their writes."""
+        self.began = time.monotonic()
+        self._tell(Stage.FREEZE)
+        self._wait_for(Report.QUIET, _PATIENCE_TO_WRITE_OUT)
+        if not self._frozen(self._reports()):
+            self.began = time.monotonic()
         self._tell(Stage.HOLD)
-        self._wait_for(Report.HELD, words.HELD)
+        self._wait_for(Report.HELD, _PATIENCE_TO_HOLD)
 
     def open(self) -> None:
         """Make this the instant: what is written from here on is logged. Return when all hosts know."""
@@ -141,13 +153,16 @@ class Coordinator:
         """Wait until every host, also one that came later, has reported so much; EpochError if one does not."""
         deadline = time.monotonic() + seconds
         while True:
+            self.check()
             reports = self._reports()
             self._refuse_failed(reports)
             missing = [host for host in {*self.epoch.hosts, *reports} if _state(reports, host) != report.value]
             if not missing:
                 return
+            if report is Report.QUIET and self._frozen(reports):
+                deadline = min(deadline, self.began + _PATIENCE_TO_HOLD)
             if time.monotonic() > deadline:
-                raise EpochError(f"{', '.join(sorted(missing))}: did not report `{report}` within {seconds:g} s")
+                raise EpochError(f"{', '.join(sorted(missing))}: did not report `{report}` in time")
             time.sleep(_LOOK_EVERY)
 
     def _watch(self) -> None:
@@ -167,6 +182,10 @@ class Coordinator:
             except BlockferryError as error:
                 self._failure = error.message
                 return
+
+    @staticmethod
+    def _frozen(reports: dict[str, dict[str, Any]]) -> bool:
+        return any(said.get("frozen") for said in reports.values())
 
     def _refuse_failed(self, reports: dict[str, dict[str, Any]]) -> None:
         for host, said in reports.items():
@@ -214,6 +233,8 @@ def coordinated(index: LogIndex, volume: str, size: int, wanted: Sequence[str]) 
 
     Raise UsageError if there are none, or one that is wanted is missing, or sees a volume of another size.
     """
+    # An index that is full has forgotten the guards by and by: it says so here, and not that there are none.
+    index.put(words.asked_key(volume), {}, lasts=words.RENEWED)
     hosts = hosts_of(index, volume)
     if missing := set(wanted) - hosts.keys():
         raise UsageError(

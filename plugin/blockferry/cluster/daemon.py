@@ -21,7 +21,7 @@ from blockferry import service
 from blockferry.cluster import shared_device
 from blockferry.cluster.guard import Guard, Logged
 from blockferry.cluster.index import LogIndex
-from blockferry.cluster.log import make_room
+from blockferry.cluster.log_writer import make_room
 from blockferry.cluster.member import Member
 from blockferry.cluster.write_back import WriteBack
 from blockferry.errors import NotNowError, UsageError

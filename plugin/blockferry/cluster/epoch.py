@@ -2,12 +2,14 @@
 
     volumes/NAME/epoch             what is to be done: written by the coordinator alone, and gone soon after it is
     volumes/NAME/hosts/HOST        a guard, renewed by it as long as it lives
+    volumes/NAME/asked             written before the guards are looked for: whether the index takes anything
     epochs/EPOCH/reports/HOST      how far a host is
     epochs/EPOCH/claims            which chunks are logged, and by which host
     epochs/EPOCH/logs/HOST         the queue by which its log is handed over
 
     stage      every host                                                         reports
-    prepare    freezes its filesystems, or writes out what is dirty               quiet
+    prepare    writes out what is dirty                                           ready
+    freeze     freezes its filesystems, or writes out again if they cannot be     quiet
     hold       lets no write pass any more, and makes the volume durable          held
     open       this is the instant: lets writes pass again, and logs them         logging
     seal       stops logging, hands its log over                                  sealed
@@ -27,7 +29,7 @@ HEARD_OF = 10.0
 RENEWED = 2.0
 """Seconds after which a word is renewed."""
 HELD = 5.0
-"""Seconds for which a host's users may have to wait, at most, between `prepare` and `open`."""
+"""Seconds for which a host's users may have to wait, at most, between `freeze` and `open`."""
 CHUNK = 64 << 10
 """Bytes that are logged at a time."""
 
@@ -36,6 +38,7 @@ class Stage(enum.StrEnum):
     """What the coordinator has every host do."""
 
     PREPARE = "prepare"
+    FREEZE = "freeze"
     HOLD = "hold"
     OPEN = "open"
     SEAL = "seal"
@@ -44,6 +47,7 @@ class Stage(enum.StrEnum):
 class Report(enum.StrEnum):
     """How far a host is."""
 
+    READY = "ready"
     QUIET = "quiet"
     HELD = "held"
     LOGGING = "logging"
@@ -52,7 +56,8 @@ class Report(enum.StrEnum):
 
 
 REPORTED = {
-    Stage.PREPARE: Report.QUIET,
+    Stage.PREPARE: Report.READY,
+    Stage.FREEZE: Report.QUIET,
     Stage.HOLD: Report.HELD,
     Stage.OPEN: Report.LOGGING,
     Stage.SEAL: Report.SEALED,
@@ -83,6 +88,11 @@ class Epoch:
 def epoch_key(volume: str) -> str:
     """Return where the coordinator's word is."""
     return f"volumes/{volume}/epoch"
+
+
+def asked_key(volume: str) -> str:
+    """Return what is written before the guards of a volume are looked for."""
+    return f"volumes/{volume}/asked"
 
 
 def host_key(volume: str, host: str = "") -> str:
