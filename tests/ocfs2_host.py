@@ -133,7 +133,7 @@ class Watcher(threading.Thread):
         while not self._writer.ending.is_set():
             done = self._writer.done
             epoch, _reports = progress_of(self._index, VOLUME)
-            if epoch is None or epoch.stage in (Stage.PREPARE, Stage.HOLD):
+            if epoch is None or epoch.stage in (Stage.ENTER, Stage.PREPARE, Stage.HOLD):
                 before = done
             elif epoch.id not in self.bounds:
                 self.bounds[epoch.id] = before, self._writer.begun

@@ -58,7 +58,7 @@ class Coordinator:
     """One epoch. Once it has failed, `check` raises why, and nothing of it counts."""
 
     def __init__(self, index: LogIndex, volume: str, size: int, hosts: Sequence[str]) -> None:
-        self.epoch = Epoch(secrets.token_hex(6), Stage.PREPARE, tuple(hosts))
+        self.epoch = Epoch(secrets.token_hex(6), Stage.ENTER, tuple(hosts))
         self.size = size
         self._index, self._volume = index, volume
         self._failure = ""
@@ -78,7 +78,7 @@ class Coordinator:
             raise EpochError(self._failure)
 
     def begin(self) -> None:
-        """Tell the hosts to prepare; raise NotNowError if another backup is under way, or a guard has just come."""
+        """Have all hosts prepare; raise NotNowError if another backup is under way, or a guard has just come."""
         if not self._index.put(self._key, self.epoch.as_json(), new=True, lasts=words.HEARD_OF):
             raise NotNowError(
                 f"{self._volume}: another backup of it is running, or ended a few seconds ago without a word",
@@ -88,6 +88,8 @@ class Coordinator:
         if new := hosts_of(self._index, self._volume).keys() - set(self.epoch.hosts):
             # It may have looked for an epoch before ours was there, and not be in its users' path.
             raise NotNowError(f"{', '.join(sorted(new))}: its guard was started just now", remedy="Try again.")
+        self._wait_for(Report.GUARDED, words.HEARD_OF)
+        self._tell(Stage.PREPARE)
         self._wait_for(Report.QUIET, words.HELD)
 
     def hold(self) -> None:

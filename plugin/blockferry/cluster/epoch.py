@@ -7,11 +7,12 @@
     epochs/EPOCH/claims            which chunks are logged, and by which host
     epochs/EPOCH/logs/HOST         the queue by which its log is handed over
 
-    stage      every host                                                              reports
-    prepare    is in the path; freezes its filesystems, or writes out what is dirty    quiet
-    hold       lets no write pass any more, and makes the volume durable               held
-    open       this is the instant: lets writes pass again, and logs them              logging
-    seal       stops logging, hands its log over, and leaves the path                  sealed
+    stage      every host                                                         reports
+    enter      writes out what is dirty, and has its guard in its users' path     guarded
+    prepare    freezes its filesystems, or writes out what is dirty               quiet
+    hold       lets no write pass any more, and makes the volume durable          held
+    open       this is the instant: lets writes pass again, and logs them         logging
+    seal       stops logging, hands its log over; its guard leaves the path       sealed
 
 A stage begins when all hosts reported the one before. A host that cannot go on reports `failed`, and its users' writes
 pass; so they do when the coordinator is not heard of any more. An epoch counts only if every host reported `sealed`.
@@ -36,6 +37,7 @@ CHUNK = 64 << 10
 class Stage(enum.StrEnum):
     """What the coordinator has every host do."""
 
+    ENTER = "enter"
     PREPARE = "prepare"
     HOLD = "hold"
     OPEN = "open"
@@ -45,6 +47,7 @@ class Stage(enum.StrEnum):
 class Report(enum.StrEnum):
     """How far a host is."""
 
+    GUARDED = "guarded"
     QUIET = "quiet"
     HELD = "held"
     LOGGING = "logging"
@@ -53,6 +56,7 @@ class Report(enum.StrEnum):
 
 
 REPORTED = {
+    Stage.ENTER: Report.GUARDED,
     Stage.PREPARE: Report.QUIET,
     Stage.HOLD: Report.HELD,
     Stage.OPEN: Report.LOGGING,

@@ -112,7 +112,7 @@ class Member:
                 if self._part:
                     self._fail(self._part, str(error))
             self._leave_path()
-            self._stopping.wait(_BUSY if self._part and self._part.users_wait else _IDLE)
+            self._stopping.wait(_BUSY if self._part and self._part.is_pressed else _IDLE)
 
     def _step(self) -> None:
         if time.monotonic() - self._announced > words.RENEWED:
@@ -129,7 +129,7 @@ class Member:
         if current is None or current.id == self._done or not is_ready:
             return
         if part is None:
-            if current.stage is not Stage.PREPARE:
+            if current.stage is not Stage.ENTER:
                 self._give_up(current.id, "its guard missed the beginning")
                 return
             part = self._part = self._new_part(current)

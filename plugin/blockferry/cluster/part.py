@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import struct
 import threading
@@ -52,14 +53,15 @@ class Part:
         self._guard, self._device, self._index, self._host = guard, device, index, host
         self._path = spool
         self._frozen = contextlib.ExitStack()
-        self._let_go_at = time.monotonic() + words.HELD
+        self._let_go_at = math.inf
+        """When users do not wait any longer (monotonic clock)."""
         self._bytes = 0
         self._over = threading.Event()
 
     @property
-    def users_wait(self) -> bool:
-        """Whether this host's users may be waiting."""
-        return self.report in (None, Report.QUIET, Report.HELD)
+    def is_pressed(self) -> bool:
+        """Whether this host's users, or another's, may be waiting."""
+        return self.report in (None, Report.GUARDED, Report.QUIET, Report.HELD)
 
     @property
     def needs_path(self) -> bool:
@@ -75,7 +77,7 @@ class Part:
 
     def failure(self) -> str:
         """Return why this host cannot go on, "" if it can."""
-        if self.users_wait and time.monotonic() > self._let_go_at:
+        if self.is_pressed and time.monotonic() > self._let_go_at:
             return f"the other hosts were not ready within {words.HELD:g} s"
         return self.images.failure if self.images else ""
 
@@ -86,9 +88,13 @@ class Part:
     def follow(self, stage: Stage, users: Volume | None, device: UsersDevice | None) -> Report | None:
         """Do what a stage asks for, once; return what there is to report. Raise BlockferryError if it cannot be."""
         match stage, self.report:
-            case Stage.PREPARE, None:
+            case Stage.ENTER, None:
                 self.images = self._new_images()
-                self._enter_path(users, device)
+                _write_out(_mounts_on(users))
+                if device:
+                    device.guard()
+            case Stage.PREPARE, Report.GUARDED:
+                self._let_go_at = time.monotonic() + words.HELD
                 self._freeze(users)
             case Stage.HOLD, Report.QUIET:
                 self._guard.hold(max(0.0, self._let_go_at - time.monotonic()))
@@ -121,12 +127,6 @@ class Part:
     def _new_images(self) -> BeforeImages:
         writer = LogWriter(self._path, chunk=self.epoch.chunk, size=self._device.size, over=True)
         return BeforeImages(self._device, self._index, words.claims_of(self.epoch.id), self._host, writer)
-
-    def _enter_path(self, users: Volume | None, device: UsersDevice | None) -> None:
-        """Have all that users write from now on come to the guard; what is dirty goes the short way before that."""
-        if device and not device.guarded:
-            _write_out(_mounts_on(users))
-            device.guard(max(0.0, self._let_go_at - time.monotonic()))
 
     def _freeze(self, users: Volume | None) -> None:
         """Have the filesystems on the disk write out what is dirty, and keep still if they can."""

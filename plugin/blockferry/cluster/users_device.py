@@ -5,7 +5,7 @@
 
 `mapper.py` says how one way is exchanged for the other. The filesystem is not frozen for that: OCFS2 cannot be.
 
-No write passes an epoch by. A member has the way exchanged before it reports `quiet`, and by then every write of the
+No write passes an epoch by. A member has the way exchanged before it reports `guarded`, and by then every write of the
 direct way has ended. The instant comes after all hosts have reported that, and more: those writes are of before it,
 and every later one comes to the guard, which holds or logs it. The way back is taken once this host has stopped
 logging: because everything is copied, or because the epoch is void and that is what this host is going to report.
@@ -32,6 +32,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from blockferry.volume import Volume, probe
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0
-"""Seconds for which users may wait when the guard leaves the path."""
+"""Seconds for which users may wait when the guard comes into the path, or leaves it."""
 _UUID = "blockferry-guard-"
 
 
@@ -71,8 +72,8 @@ class UsersDevice:
         """Return who uses it, a phrase each."""
         return users_of(self.path)
 
-    def guard(self, seconds: float) -> None:
-        """Lead to the guard; raise BlockferryError if that does not happen within so many seconds."""
+    def guard(self) -> None:
+        """Lead to the guard; raise BlockferryError if it cannot be."""
 
     def pass_by(self) -> None:
         """Lead past the guard; what prevents that is in `failure`, and tried again after the next `guard`."""
@@ -89,18 +90,19 @@ class SwitchedDevice(UsersDevice):
         self.guarded = guarded
         self._name, self._volume, self._loop = name, volume, loop
 
-    def guard(self, seconds: float) -> None:
+    def guard(self) -> None:
         """Return when every write that the guard does not see has ended."""
         self.failure = ""
-        self.guarded = True  # where it fails, too: whether it came to that is not known, and `pass_by` settles it
-        self._lead_to(self._loop, seconds)
+        if not self.guarded:
+            self.guarded = True  # where it fails, too: whether it came to that is not known, and `pass_by` settles it
+            self._lead_to(self._loop)
 
     def pass_by(self) -> None:
         """Return when nobody needs the guard any more, or `failure` says why."""
         if not self.guarded or self.failure:
             return
         try:
-            self._lead_to(self._volume.path, _PATIENCE)
+            self._lead_to(self._volume.path)
         except BlockferryError as error:
             self.failure = f"the guard stays in the path: {error.message}"
             log.error("%s: %s", self.path, self.failure)
@@ -115,9 +117,14 @@ class SwitchedDevice(UsersDevice):
         mapper.remove_when_unused(self._name)
         self.gone = not mapper.path_of(self._name).exists()
 
-    def _lead_to(self, below: str, seconds: float) -> None:
-        with mapper.exchanging(self._name, self._volume.size, below, freeze=False, seconds=seconds):
-            pass
+    def _lead_to(self, below: str) -> None:
+        began = time.monotonic()
+        with mapper.exchanging(self._name, self._volume.size, below, freeze=False, seconds=_PATIENCE):
+            loaded = time.monotonic()
+        log.info(
+            "%s: leads to %s; loaded in %.3f s, users waited for %.3f s at most",
+            *(self.path, below, loaded - began, time.monotonic() - loaded),
+        )
 
 
 def take_over(name: str, volume: Volume, *, buffered: bool) -> bool:
