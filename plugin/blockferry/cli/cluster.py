@@ -125,6 +125,7 @@ def hosts(context: Context, volume: str, index: str) -> None:
 @click.argument("volume")
 @click.argument("host")
 @index_option
+@json_option
 @click.pass_obj
 def forget(context: Context, volume: str, host: str, index: str) -> None:
     """Have backups of VOLUME begin without HOST, which is gone for good, or does not use it any more.
