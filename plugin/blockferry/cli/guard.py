@@ -91,6 +91,7 @@ def stop(context: Context, name: str, force: bool) -> None:
       blockferry guard stop lun0
     """
     said: dict[str, Any] = {"name": name}
+    is_known = False
     try:
         said = daemon.ask(name, {"do": "stop", "force": force})
         with contextlib.suppress(FileNotFoundError):
@@ -100,8 +101,13 @@ def stop(context: Context, name: str, force: bool) -> None:
             raise UsageError(
                 f"{name}: no guard of that name runs", remedy="`blockferry guard status` lists them."
             ) from None
-        daemon.clear_away(name, force=force)
-    context.output.result({"version": 1, **said}, lambda: f"{name}: nothing stands in front of it any more")
+        is_known = daemon.clear_away(name, force=force)
+
+    def sentence() -> str:
+        more = f"; no backup begins before: blockferry cluster forget {name} {socket.gethostname()}" if is_known else ""
+        return f"{name}: nothing stands in front of it any more{more}"
+
+    context.output.result({"version": 1, **said}, sentence)
 
 
 @guard.command()

@@ -86,13 +86,17 @@ def start(request: Request) -> dict[str, Any]:
     return said
 
 
-def clear_away(name: str, *, force: bool) -> None:
-    """Take away what a guard that was killed has left; UsageError if somebody uses its device, and no `force`."""
+def clear_away(name: str, *, force: bool) -> bool:
+    """Take away what a guard that was killed has left; return whether the index still knows of that.
+
+    Raise UsageError if somebody uses its device, and no `force`.
+    """
     with service.only_one(socket_path(name), taken(name)):
-        users_device.remove_left_over(name, force=force)
+        is_known = users_device.remove_left_over(name, force=force)
         disk.detach_stale(socket_path(name).with_suffix(".loop"))
         link_path(name).unlink(missing_ok=True)
         socket_path(name).unlink(missing_ok=True)
+    return is_known
 
 
 def taken(name: str) -> NotNowError:

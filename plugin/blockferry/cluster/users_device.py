@@ -148,20 +148,24 @@ def take_over(name: str, volume: Volume, *, buffered: bool) -> bool:
     return True
 
 
-def remove_left_over(name: str, *, force: bool) -> None:
-    """Take away the device that a guard left that was killed; raise UsageError if it is in use, and no `force`."""
+def remove_left_over(name: str, *, force: bool) -> bool:
+    """Take away the device that a guard left that was killed; return whether there was one.
+
+    Raise UsageError if it is in use, and no `force`: then it goes as soon as it is not any more.
+    """
     called = mapper_name(name)
     found = mapper.look(called) if mapper.is_there() else None
     if found is None:
-        return
+        return False
     if not found.uuid.startswith(_UUID):
         raise UsageError(f"/dev/mapper/{called}: is not a guard's", remedy="Give this guard another --name.")
     if force:
         mapper.remove_when_unused(called)
-        return
+        return True
     if users := users_of(os.fspath(mapper.path_of(called))):
         raise UsageError(f"{name}: in use: {'; '.join(users)}", remedy="Unmount it, or use --force.")
     mapper.remove(called)
+    return True
 
 
 @contextlib.contextmanager
