@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import pytest
 
 import cluster_load
 from blockferry.cluster import daemon
-from blockferry.cluster.coordinator import Coordinator
+from blockferry.cluster.coordinator import Coordinator, unguarded_hosts
 from blockferry.cluster.index import LogIndex
 from blockferry.errors import BlockferryError
-from cluster.test_backup import back_up, instant_of, writes_of
+from cluster.test_backup import back_up, writes_of
 from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
 from cluster_support import open_index
 from commands_support import Depot, new_depot, run
@@ -29,7 +29,7 @@ from conftest import Attach, Mount
 pytestmark = pytest.mark.root
 
 SIZE = 8 * MIB
-ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "3"))
+ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_INSTANTS", "20"))
 THOROUGH = pytest.mark.thorough
 
 
@@ -115,21 +115,24 @@ def kill(host: SharingHost) -> None:
 
 
 @contextlib.contextmanager
-def epoch(index: LogIndex, hosts: list[str]) -> Iterator[Coordinator]:
+def epoch(
+    index: LogIndex, hosts: list[str], at_the_instant: Callable[[], None] = lambda: None
+) -> Iterator[Coordinator]:
     """Give an epoch of some hosts that has come to its instant."""
     coordinator = Coordinator(index, VOLUME, SIZE, hosts)
     try:
         coordinator.begin()
         coordinator.hold()
+        at_the_instant()
         coordinator.open()
         yield coordinator
     finally:
         coordinator.end()
 
 
-@pytest.mark.parametrize(("rounds", "writers"), [(1, 1), pytest.param(ROUNDS, 4, marks=THOROUGH)])
+@pytest.mark.parametrize(("rounds", "writers"), [(3, 2), pytest.param(ROUNDS, 4, marks=THOROUGH)])
 def test_no_write_slips_by_when_the_guard_comes_into_the_path(
-    host: SharingHost, depot: Depot, tmp_path: Path, rounds: int, writers: int
+    host: SharingHost, index: LogIndex, tmp_path: Path, rounds: int, writers: int
 ) -> None:
     before = Path(host.volume).read_bytes()
     locks = tmp_path / "locks"
@@ -139,15 +142,25 @@ def test_no_write_slips_by_when_the_guard_comes_into_the_path(
         host.start_load(locks, seed + 1)
     for _ in range(rounds):
         is_led(host, "direct")
-        said = back_up(depot, host)
-        assert said["bytes_logged"] > 0
-        restored = tmp_path / "restored.img"
-        assert depot.ferry("restore", said["snapshot"], restored).code == 0
-        cluster_load.check(restored.read_bytes(), before, writes_of([host]), instant_of(depot, said["snapshot"]))
-        restored.unlink()
+        image, instant = at_an_instant(index, host, tmp_path / "log")
+        cluster_load.check(image, before, writes_of([host]), instant)
     is_led(host, "direct")
     assert host.stop_loads() == [0] * writers
     cluster_load.check(_on(host.volume), before, writes_of([host]), time.time_ns())
+
+
+def at_an_instant(index: LogIndex, host: SharingHost, spool: Path) -> tuple[bytes, int]:
+    """Return a volume as it was at the instant of an epoch, by copy and log, and when that was (ns)."""
+    instants: list[int] = []
+    with epoch(index, [host.name], lambda: instants.append(time.time_ns())) as coordinator:
+        time.sleep(random.random())
+        image = bytearray(_on(host.volume))
+        coordinator.seal()
+        with contextlib.closing(coordinator.gather(spool, lambda _count: None)) as log:
+            assert log.extents
+            for offset, data in log.stream(log.extents, MIB):
+                image[offset : offset + len(data)] = data
+    return bytes(image), instants[0]
 
 
 def _on(volume: str) -> bytes:
@@ -168,28 +181,43 @@ def test_a_mounted_filesystem_is_backed_up_and_outlives_its_guard(
     said = back_up(depot, host)
     writer.goes_on()
     is_led(host, "direct")
-    assert depot.ferry("show", said["snapshot"], "--json").json()["stability"] == "frozen"
     assert depot.ferry("restore", said["snapshot"], tmp_path / "restored.img").code == 0
     run("e2fsck", "-fn", tmp_path / "restored.img")
 
-    host.stop().refused(1, "mounted at")
     kill(host)
     writer.goes_on()
-    depot.ferry("cluster", "backup", host.volume, "--name", VOLUME, **host.env).refused(2, "killed", host.name)
-    host.stop().refused(2, "mounted at")
     assert host.start()["device"] == host.device
-    writer.goes_on()
-    assert host.stop("--force").code == 0  # what is mounted stays, until it is not
-    writer.goes_on()
-    host.start()
-    back_up(depot, host)
     writer.end()
     assert digests(place) == writer.written
     run("umount", place)
     assert host.stop().code == 0
     assert not Path(host.device).exists()
     assert digests(mount(host.volume)) == writer.written
-    assert host.ferry("cluster", "hosts", VOLUME, "--json").json()["unguarded"] == []
+
+
+@THOROUGH
+def test_who_uses_a_device_has_it_whatever_becomes_of_the_guard(
+    host: SharingHost, depot: Depot, mount: Mount, index: LogIndex
+) -> None:
+    host.start()
+    run("mke2fs", "-q", "-t", "ext4", host.device)
+    place = mount(host.device)
+    writer = Writer(place)
+    writer.start()
+    host.stop().refused(1, "mounted at")
+    kill(host)
+    depot.ferry("cluster", "backup", host.volume, "--name", VOLUME, **host.env).refused(2, "killed", host.name)
+    host.stop().refused(2, "mounted at")
+    host.start()
+    assert host.stop("--force").code == 0  # the device stays until it is not used any more
+    assert unguarded_hosts(index, VOLUME) == [host.name]
+    writer.goes_on()
+    host.start()
+    assert depot.ferry("show", back_up(depot, host)["snapshot"], "--json").json()["stability"] == "frozen"
+    writer.end()
+    run("umount", place)
+    assert host.stop().code == 0
+    assert unguarded_hosts(index, VOLUME) == []
 
 
 def test_what_was_killed_in_the_path_is_led_past_it_by_the_next(
