@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import signal
@@ -140,6 +141,7 @@ def test_no_write_slips_by_when_the_guard_comes_into_the_path(
     assert host.start()["device"].startswith("/dev/mapper/blockferry-guard-shared")
     for seed in range(writers):
         host.start_load(locks, seed + 1)
+    wait_until(lambda: len(writes_of([host])) > writers)
     for _ in range(rounds):
         is_led(host, "direct")
         image, instant = at_an_instant(index, host, tmp_path / "log")
@@ -151,13 +153,13 @@ def test_no_write_slips_by_when_the_guard_comes_into_the_path(
 
 def at_an_instant(index: LogIndex, host: SharingHost, spool: Path) -> tuple[bytes, int]:
     """Return a volume as it was at the instant of an epoch, by copy and log, and when that was (ns)."""
+    spool.unlink(missing_ok=True)
     instants: list[int] = []
     with epoch(index, [host.name], lambda: instants.append(time.time_ns())) as coordinator:
-        time.sleep(random.random())
+        wait_until(lambda: status()["bytes_logged"])
         image = bytearray(_on(host.volume))
         coordinator.seal()
         with contextlib.closing(coordinator.gather(spool, lambda _count: None)) as log:
-            assert log.extents
             for offset, data in log.stream(log.extents, MIB):
                 image[offset : offset + len(data)] = data
     return bytes(image), instants[0]
@@ -220,28 +222,32 @@ def test_who_uses_a_device_has_it_whatever_becomes_of_the_guard(
     assert unguarded_hosts(index, VOLUME) == []
 
 
-def test_what_was_killed_in_the_path_is_led_past_it_by_the_next(
-    host: SharingHost, index: LogIndex, mount: Mount
-) -> None:
+def test_what_was_killed_in_the_path_is_led_past_it_by_the_next(host: SharingHost, index: LogIndex) -> None:
     host.start()
-    run("mke2fs", "-q", "-t", "ext4", host.device)
-    place = mount(host.device)
-    (place / "file").write_text("before")
-    run("sync", "-f", place)
-    with epoch(index, [host.name]) as coordinator:
+    is_led(host, "direct")
+    with open(host.device, "r+b", buffering=0) as used, epoch(index, [host.name]) as coordinator:
         is_led(host, "guarded")
-        (place / "file").write_text("meanwhile")
-        run("sync", "-f", place)
+        _overwrite(used, b"meanwhile")
         assert status()["bytes_logged"] > 0
         kill(host)
+        with pytest.raises(OSError, match="Input/output error"):
+            _overwrite(used, b"lost")
         assert host.start()["path"] == "direct"
+        _overwrite(used, b"after")
         with pytest.raises(BlockferryError, match=host.name):
             coordinator.seal()
-    (place / "file").write_text("after")
-    run("sync", "-f", place)
-    run("umount", place)
-    run("e2fsck", "-fn", host.volume)
-    assert (mount(host.volume) / "file").read_text() == "after"
+    assert _on(host.volume).startswith(b"after")
+
+
+def _overwrite(disk: io.FileIO, word: bytes = b"") -> None:
+    """Put a word at the beginning of a disk, durably."""
+    os.pwrite(disk.fileno(), word + os.urandom(4096 - len(word)), 0)
+    os.fsync(disk.fileno())
+
+
+def _overwrite_by_path(host: SharingHost) -> None:
+    with open(host.device, "r+b", buffering=0) as disk:
+        _overwrite(disk)
 
 
 @THOROUGH
@@ -250,23 +256,17 @@ def test_a_guard_that_comes_late_logs_unless_somebody_may_have_written_before_it
 ) -> None:
     with epoch(index, []) as coordinator:
         assert host.start()["path"] == "guarded"
-        _overwrite(host.device)
+        _overwrite_by_path(host)
         assert status()["bytes_logged"] > 0
         coordinator.seal()
         is_led(host, "direct")
     wait_until(lambda: not status()["epoch"])
     kill(host)
     with epoch(index, []) as coordinator:
-        _overwrite(host.device)
+        _overwrite_by_path(host)
         assert host.start()["path"] == "direct"
         with pytest.raises(BlockferryError, match=host.name):
             coordinator.seal()
-
-
-def _overwrite(device: str) -> None:
-    with open(device, "r+b", buffering=0) as disk:
-        disk.write(os.urandom(4096))
-        os.fsync(disk.fileno())
 
 
 @THOROUGH
@@ -286,14 +286,14 @@ def test_where_the_way_cannot_be_exchanged_writes_go_on(
     broken.touch()
     with pytest.raises(BlockferryError, match="dmsetup"), epoch(index, [host.name]):
         pass
-    _overwrite(host.device)
+    _overwrite_by_path(host)
     broken.unlink()
     with epoch(index, [host.name]) as coordinator:
         is_led(host, "guarded")
         broken.touch()
         coordinator.seal()
         wait_until(lambda: status()["failure"])
-        _overwrite(host.device)
+        _overwrite_by_path(host)
         is_led(host, "guarded")
     broken.unlink()
     wait_until(lambda: not status()["epoch"])
