@@ -149,7 +149,7 @@ class _Archive:
 class MemoryRepository:
     """Chunks in a dictionary for each snapshot. Strict: what a map says is not there cannot be read."""
 
-    reference = "memory:"
+    reference = named = "memory:"
 
     def __init__(self, capabilities: frozenset[str], unit: int) -> None:
         self.capabilities = capabilities

@@ -145,6 +145,16 @@ def writers(devices: set[Numbers], path: str = "") -> tuple[list[str], bool]:
     return sorted(found), all_seen
 
 
+def users_of(path: str) -> list[str]:
+    """Return what has the block device at a path; a phrase each."""
+    return holders_and_mounts(numbers_of(path))
+
+
+def numbers_of(path: str) -> Numbers:
+    """Return the numbers of the block device at a path."""
+    return _device_number(os.stat(path))
+
+
 def holders_and_mounts(device: Numbers) -> list[str]:
     """Return what has a device, or a partition of it: mounts, swap, devices on top of it; a phrase each."""
     found = []

@@ -15,6 +15,7 @@ from blockferry.cluster.coordinator import coordinated
 from blockferry.cluster.guard import Guard, Logged
 from blockferry.cluster.index import LogIndex
 from blockferry.cluster.member import Member
+from blockferry.cluster.users_device import UsersDevice
 from blockferry.errors import EpochError
 from blockferry.volume import Volume
 from cluster_faults_support import SLOW
@@ -44,7 +45,8 @@ def guard(volume: str, index: LogIndex, tmp_path: Path, monkeypatch: pytest.Monk
         guard = Guard(logged, logged)
         about = {"volume": VOLUME, "host": ALONE, "size": SIZE}
         member = Member(guard, device, index, about, tmp_path / "log")
-        member.start()
+        member.start(late=False)
+        member.serve(UsersDevice(volume))
         try:
             yield guard
         finally:

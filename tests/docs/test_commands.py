@@ -153,6 +153,8 @@ def printed(place: Path, attach: Callable[[Path], str]) -> dict[str, dict[str, o
                 ("completion", "bash"),
                 ("export", image),
                 ("release", "--force"),
+                ("config", "check"),
+                ("config", "show"),
                 ("config", "generate", "borgmatic", "small"),
                 ("doctor",),
                 ("catalog", "rebuild", "--repo", repository),
@@ -179,8 +181,11 @@ def blockferry(*words: str | Path) -> dict[str, object]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-NOT_RUN_HERE = {"watch", "udev restore", "cluster worker", "mount", "track start", "track stop", "track status"}
-"""What waits for something to happen, or takes a kernel of its own."""
+NOT_RUN_HERE = {
+    *("watch", "udev restore", "cluster worker", "mount", "track start", "track stop", "track status"),
+    *("cluster forget", "config schema"),
+}
+"""What waits for something to happen, takes a kernel of its own, or has a result of another form."""
 
 
 def rows() -> dict[str, str]:

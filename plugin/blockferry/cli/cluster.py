@@ -16,8 +16,9 @@ from blockferry.cli.context import Context, index_option, json_option, repositor
 from blockferry.cli.output import Listing
 from blockferry.cluster import copying, engines
 from blockferry.cluster.backup import SharedResult, back_up_shared
-from blockferry.cluster.coordinator import hosts_of, progress_of
+from blockferry.cluster.coordinator import hosts_of, progress_of, unguarded_hosts
 from blockferry.cluster.engines import Engine
+from blockferry.cluster.epoch import device_key
 from blockferry.errors import UsageError
 from blockferry.manager import log_index_named
 from blockferry.volume import Volume, default_name
@@ -104,7 +105,7 @@ def _engine(named: str, processes: int, volume: str) -> Iterator[Engine]:
 @json_option
 @click.pass_obj
 def hosts(context: Context, volume: str, index: str) -> None:
-    """List the hosts that have a guard in front of VOLUME, by the name that they call it.
+    """List the hosts that have a guard in front of VOLUME, by the name that they call it, and where one was killed.
 
     \b
     Example:
@@ -112,12 +113,36 @@ def hosts(context: Context, volume: str, index: str) -> None:
     """
     with contextlib.closing(log_index_named(context.manager, index)) as shared_index:
         found = hosts_of(shared_index, volume)
+        unguarded = unguarded_hosts(shared_index, volume)
     rows: list[dict[str, Any]] = [{"host": host, **about} for host, about in found.items()]
 
     def listing() -> Listing:
-        return Listing(("host", "path", "size"), [(each["host"], each["path"], decimal(each["size"])) for each in rows])
+        there = [(each["host"], each["path"], decimal(each["size"])) for each in rows]
+        return Listing(("host", "path", "size"), there + [(host, "its guard was killed", "") for host in unguarded])
 
-    context.output.result({"version": 1, "volume": volume, "hosts": rows}, listing)
+    context.output.result({"version": 1, "volume": volume, "hosts": rows, "unguarded": unguarded}, listing)
+
+
+@cluster.command()
+@click.argument("volume")
+@click.argument("host")
+@index_option
+@json_option
+@click.pass_obj
+def forget(context: Context, volume: str, host: str, index: str) -> None:
+    """Have backups of VOLUME begin without HOST, which is gone for good, or does not use it any more.
+
+    Its guard was killed, and nobody else knows whether it still writes: then it spoils them.
+
+    \b
+    Example:
+      blockferry cluster forget lun0 b --index redis://10.0.0.5/0
+    """
+    with contextlib.closing(log_index_named(context.manager, index)) as shared_index:
+        if host not in unguarded_hosts(shared_index, volume):
+            raise UsageError(f"{volume}: nothing is to be forgotten of {host}", remedy="See `cluster hosts`.")
+        shared_index.remove(device_key(volume, host))
+    context.output.result({"version": 1, "volume": volume, "host": host}, lambda: f"{volume}: {host} is forgotten")
 
 
 @cluster.command()

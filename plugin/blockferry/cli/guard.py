@@ -55,7 +55,8 @@ def start(
 ) -> None:
     """Show VOLUME as a disk that all use of it on this host has to go through.
 
-    Prints the device, which is mounted and written to in place of VOLUME. Outside of a backup what is written passes.
+    Prints the device, which is mounted and written to in place of VOLUME. With device-mapper it leads straight to
+    VOLUME outside of a backup; else what is written passes the guard.
 
     \b
     Example:
@@ -91,6 +92,7 @@ def stop(context: Context, name: str, force: bool) -> None:
       blockferry guard stop lun0
     """
     said: dict[str, Any] = {"name": name}
+    is_known = False
     try:
         said = daemon.ask(name, {"do": "stop", "force": force})
         with contextlib.suppress(FileNotFoundError):
@@ -100,8 +102,13 @@ def stop(context: Context, name: str, force: bool) -> None:
             raise UsageError(
                 f"{name}: no guard of that name runs", remedy="`blockferry guard status` lists them."
             ) from None
-        daemon.clear_away(name)
-    context.output.result({"version": 1, **said}, lambda: f"{name}: nothing stands in front of it any more")
+        is_known = daemon.clear_away(name, force=force)
+
+    def sentence() -> str:
+        more = f"; no backup begins before: blockferry cluster forget {name} {socket.gethostname()}" if is_known else ""
+        return f"{name}: nothing stands in front of it any more{more}"
+
+    context.output.result({"version": 1, **said}, sentence)
 
 
 @guard.command()
@@ -126,7 +133,7 @@ def status(context: Context, name: str | None) -> int:
             found.append({"state": error.message, "name": each})
 
     def listing() -> Listing:
-        columns = ("name", "host", "device", "volume", "backup", "logged", "state")
+        columns = ("name", "host", "device", "volume", "path", "backup", "logged", "state")
         return Listing(columns, [_row(each) for each in found])
 
     context.output.result({"version": 1, "guards": found}, listing)
@@ -135,5 +142,5 @@ def status(context: Context, name: str | None) -> int:
 
 def _row(said: dict[str, Any]) -> tuple[str, ...]:
     state = said["state"] + (f": {said['failure']}" if said.get("failure") else "")
-    plain = tuple(str(said.get(key, "")) for key in ("name", "host", "device", "volume", "stage"))
+    plain = tuple(str(said.get(key, "")) for key in ("name", "host", "device", "volume", "path", "stage"))
     return (*plain, decimal(said.get("bytes_logged", 0)), state)

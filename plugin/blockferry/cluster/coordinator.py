@@ -38,6 +38,13 @@ def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
     return {found.removeprefix(key): about for found, about in sorted(index.list(key).items())}
 
 
+def unguarded_hosts(index: LogIndex, volume: str) -> list[str]:
+    """Return the hosts whose users may be writing to a volume without a guard: it was killed, and they go on."""
+    key = words.device_key(volume)
+    there = {found.removeprefix(key).removesuffix("/") for found in index.list(key)}
+    return sorted(there - hosts_of(index, volume).keys())
+
+
 def progress_of(index: LogIndex, volume: str) -> tuple[Epoch | None, dict[str, dict[str, Any]]]:
     """Return the epoch of a volume that is under way, None if there is none, and what each host reports of it."""
     said = index.get(words.epoch_key(volume))
@@ -78,13 +85,19 @@ class Coordinator:
             raise EpochError(self._failure)
 
     def begin(self) -> None:
-        """Have all hosts write out what is dirty; raise NotNowError if another backup of the volume is under way."""
+        """Have all hosts write out what is dirty, and their guards come into the path.
+
+        Raise NotNowError if another backup of the volume is under way, or a guard has just come.
+        """
         if not self._index.put(self._key, self.epoch.as_json(), new=True, lasts=words.HEARD_OF):
             raise NotNowError(
                 f"{self._volume}: another backup of it is running, or ended a few seconds ago without a word",
                 remedy="Try again when it is done.",
             )
         self._watcher.start()
+        if new := hosts_of(self._index, self._volume).keys() - set(self.epoch.hosts):
+            # It may have looked for an epoch before ours was there, and not be in its users' path.
+            raise NotNowError(f"{', '.join(sorted(new))}: its guard was started just now", remedy="Try again.")
         self._wait_for(Report.READY, _PATIENCE_TO_WRITE_OUT)
 
     def hold(self) -> None:
@@ -231,10 +244,15 @@ class Coordinator:
 def coordinated(index: LogIndex, volume: str, size: int, wanted: Sequence[str]) -> Iterator[Coordinator]:
     """Give an epoch of all hosts whose guards are there, for the length of the context.
 
-    Raise UsageError if there are none, or one that is wanted is missing, or sees a volume of another size.
+    Raise UsageError if there are none, or one that is wanted is missing, was killed, or sees a volume of another size.
     """
     # An index that is full has forgotten the guards by and by: it says so here, and not that there are none.
     index.put(words.asked_key(volume), {}, lasts=words.RENEWED)
+    if unguarded := unguarded_hosts(index, volume):
+        raise UsageError(
+            f"{volume}: may be written to on {', '.join(unguarded)}, where its guard was killed",
+            remedy="Start it there: blockferry guard start. If that host is gone for good: blockferry cluster forget",
+        )
     hosts = hosts_of(index, volume)
     if missing := set(wanted) - hosts.keys():
         raise UsageError(

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from blockferry import service
-from blockferry.cluster import shared_device
+from blockferry.cluster import shared_device, users_device
 from blockferry.cluster.guard import Guard, Logged
 from blockferry.cluster.index import LogIndex
 from blockferry.cluster.log_writer import make_room
 from blockferry.cluster.member import Member
+from blockferry.cluster.users_device import UsersDevice
 from blockferry.cluster.write_back import WriteBack
 from blockferry.errors import NotNowError, UsageError
 from blockferry.hot import disk
-from blockferry.inuse import holders_and_mounts
 from blockferry.manager import log_index_named, plugin_manager
 from blockferry.state import state_directory
 from blockferry.volume import Volume
@@ -86,12 +86,17 @@ def start(request: Request) -> dict[str, Any]:
     return said
 
 
-def clear_away(name: str) -> None:
-    """Take away what a guard that was killed has left."""
+def clear_away(name: str, *, force: bool) -> bool:
+    """Take away what a guard that was killed has left; return whether the index still knows of that.
+
+    Raise UsageError if somebody uses its device, and no `force`.
+    """
     with service.only_one(socket_path(name), taken(name)):
+        is_known = users_device.remove_left_over(name, force=force)
         disk.detach_stale(socket_path(name).with_suffix(".loop"))
         link_path(name).unlink(missing_ok=True)
         socket_path(name).unlink(missing_ok=True)
+    return is_known
 
 
 def taken(name: str) -> NotNowError:
@@ -120,7 +125,7 @@ def serve(request: Request) -> None:
 class Guarding:
     """A guard that is in front of its volume."""
 
-    def __init__(self, request: Request, index: LogIndex, guard: Guard, member: Member, device: str) -> None:
+    def __init__(self, request: Request, index: LogIndex, guard: Guard, member: Member, device: UsersDevice) -> None:
         self.request, self.index, self.guard, self.member, self.device = request, index, guard, member, device
         self.began = time.time()
 
@@ -138,7 +143,7 @@ class Guarding:
             case "status":
                 return self.status(), b""
             case "stop":
-                if (users := self._users()) and not question.get("force"):
+                if (users := self.device.users()) and not question.get("force"):
                     raise service.DeclinedError(
                         f"{self.request.name}: in use: {'; '.join(users)}", remedy="Unmount it, or use --force."
                     )
@@ -154,17 +159,13 @@ class Guarding:
             "volume": self.request.volume,
             "host": self.request.host,
             "index": self.index.reference,
-            "device": self.device,
+            "device": self.device.path,
             "link": os.fspath(link_path(self.request.name)),
             "since": round(self.began, 3),
             "process": os.getpid(),
             **self.guard.status(),
             **self.member.status(),
         }
-
-    def _users(self) -> list[str]:
-        number = os.stat(self.device).st_rdev
-        return holders_and_mounts((os.major(number), os.minor(number)))
 
 
 @contextlib.contextmanager
@@ -181,21 +182,21 @@ def _guarding(request: Request, index: LogIndex) -> Iterator[Guarding]:
         buffer = held.enter_context(contextlib.closing(WriteBack(logged, request.buffer))) if request.buffer else None
         guard = Guard(logged, buffer or logged)
         member = Member(guard, device, index, about, spool)
+        buffered = bool(request.buffer)
+        late = users_device.take_over(request.name, volume, buffered=buffered)
         # Before anybody can write: whoever comes while a backup runs takes part in it.
-        member.start()
-        try:
-            with (
-                disk.shown(guard, f"guard-{request.name}") as path,
-                disk.loop_device(path, record, block_size=volume.block_size, read_only=False) as loop,
-            ):
-                member.users = Volume.discover(loop)
-                link = link_path(request.name)
-                link.unlink(missing_ok=True)
-                link.symlink_to(loop)
-                held.callback(link.unlink, missing_ok=True)
-                yield Guarding(request, index, guard, member, loop)
-        finally:
-            member.stop()
+        member.start(late=late)
+        held.callback(member.withdraw)
+        path = held.enter_context(disk.shown(guard, f"guard-{request.name}"))
+        loop = held.enter_context(disk.loop_device(path, record, block_size=volume.block_size, read_only=False))
+        shown = held.enter_context(users_device.shown(request.name, volume, loop, buffered=buffered))
+        member.serve(shown)
+        held.callback(member.stop)  # as long as there is something that it can leave the path of
+        link = link_path(request.name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(shown.path)
+        held.callback(link.unlink, missing_ok=True)
+        yield Guarding(request, index, guard, member, shown)
 
 
 if __name__ == "__main__":

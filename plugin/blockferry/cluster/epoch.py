@@ -3,16 +3,17 @@
     volumes/NAME/epoch             what is to be done: written by the coordinator alone, and gone soon after it is
     volumes/NAME/hosts/HOST        a guard, renewed by it as long as it lives
     volumes/NAME/asked             written before the guards are looked for: whether the index takes anything
+    volumes/NAME/devices/HOST/     a device whose users go on without the guard if that is killed; gone when it is
     epochs/EPOCH/reports/HOST      how far a host is
     epochs/EPOCH/claims            which chunks are logged, and by which host
     epochs/EPOCH/logs/HOST         the queue by which its log is handed over
 
     stage      every host                                                         reports
-    prepare    writes out what is dirty                                           ready
+    prepare    writes out what is dirty, and has its guard in its users' path     ready
     freeze     freezes its filesystems, or writes out again if they cannot be     quiet
     hold       lets no write pass any more, and makes the volume durable          held
     open       this is the instant: lets writes pass again, and logs them         logging
-    seal       stops logging, hands its log over                                  sealed
+    seal       stops logging, hands its log over; its guard leaves the path       sealed
 
 A stage begins when all hosts reported the one before. A host that cannot go on reports `failed`, and its users' writes
 pass; so they do when the coordinator is not heard of any more. An epoch counts only if every host reported `sealed`.
@@ -98,6 +99,11 @@ def asked_key(volume: str) -> str:
 def host_key(volume: str, host: str = "") -> str:
     """Return where a guard's word is; without a host, where all of them are."""
     return f"volumes/{volume}/hosts/{host}"
+
+
+def device_key(volume: str, host: str = "") -> str:
+    """Return where it is said that a host's users may go on without a guard; without a host, where all of them are."""
+    return f"volumes/{volume}/devices/" + (f"{host}/" if host else "")
 
 
 def report_key(epoch: str, host: str = "") -> str:

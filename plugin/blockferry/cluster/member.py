@@ -16,6 +16,7 @@ from blockferry.cluster.guard import Guard
 from blockferry.cluster.index import LogIndex
 from blockferry.cluster.part import Part
 from blockferry.cluster.shared_device import SharedDevice
+from blockferry.cluster.users_device import UsersDevice
 from blockferry.errors import BlockferryError, LogIndexError
 from blockferry.volume import Volume
 
@@ -41,16 +42,21 @@ class Member:
         self._untold: tuple[str, str] | None = None
         """The epoch that was given up here, and why, as long as the index does not know."""
         self.index_failure = ""
-        self.users: Volume | None = None
-        """The device that this host's filesystems lie on."""
+        self.device: UsersDevice | None = None
+        """What this host's users have; None: nothing yet."""
+        self._device_is_known = False
+        self._users: Volume | None = None
 
-    def start(self) -> None:
-        """Announce this host, and take part in an epoch that is open already; raise LogIndexError if that fails."""
+    def start(self, *, late: bool) -> None:
+        """Announce this host, and take part in an epoch that is open already; raise LogIndexError if that fails.
+
+        If it comes too `late`, as there was a device by which users may have written since the instant, that is void.
+        """
         self._announce()
         current = self._current()
         if current:
             known = self._index.get(words.report_key(current.id, self._host))
-            if current.stage is Stage.OPEN and known is None:
+            if current.stage is Stage.OPEN and known is None and not late:
                 # Nothing has passed here since the instant: what is going to pass is logged.
                 self._part = self._new_part(current)
                 self._part.join()
@@ -58,14 +64,26 @@ class Member:
                 self._give_up(current.id, "its guard was started anew" if known else "its guard was started meanwhile")
         self._thread.start()
 
+    def serve(self, device: UsersDevice) -> None:
+        """Look after what users are going to use, from now on."""
+        self._users = Volume.discover(device.path)
+        self.device = device
+
     def stop(self) -> None:
-        """Take part no more."""
+        """Take part no more, and leave the path."""
         self._stopping.set()
         self._thread.join()
         if self._part:
             self._fail(self._part, "its guard was stopped")
+        self._leave_path()
+
+    def withdraw(self) -> None:
+        """Stop, and have other hosts forget this one, but for a device of it that users still have."""
+        self.stop()
         with contextlib.suppress(BlockferryError):
             self._index.remove(words.host_key(self._volume, self._host))
+            if self.device and self.device.gone:
+                self._index.remove(words.device_key(self._volume, self._host))
 
     def status(self) -> dict[str, Any]:
         """Return what `guard status` says of epochs."""
@@ -73,7 +91,10 @@ class Member:
         return {
             "epoch": part.epoch.id if part else "",
             "stage": part.report.value if part and part.report else "",
-            "failure": self.index_failure or (part.images.failure if part and part.images else ""),
+            "path": "direct" if self.device and not self.device.guarded else "guarded",
+            "failure": self.index_failure
+            or (part.images.failure if part and part.images else "")
+            or (self.device.failure if self.device else ""),
         }
 
     def _run(self) -> None:
@@ -90,7 +111,8 @@ class Member:
                 log.exception("following the epoch failed")
                 if self._part:
                     self._fail(self._part, str(error))
-            self._stopping.wait(_BUSY if self._part and self._part.users_wait else _IDLE)
+            self._leave_path()
+            self._stopping.wait(_BUSY if self._part and self._part.is_pressed else _IDLE)
 
     def _step(self) -> None:
         if time.monotonic() - self._announced > words.RENEWED:
@@ -103,7 +125,8 @@ class Member:
             log.info("epoch %s is over", part.epoch.id)
             part.end()
             self._part = part = None
-        if current is None or current.id == self._done:
+        is_ready = part is not None or self.device is not None  # else it is in a moment, for which all wait
+        if current is None or current.id == self._done or not is_ready:
             return
         if part is None:
             if current.stage is not Stage.PREPARE:
@@ -113,12 +136,24 @@ class Member:
         if part.failure():
             self._fail(part, part.failure())
             return
-        report = part.follow(current.stage, self.users)
+        report = part.follow(current.stage, self._users, self.device)
         if report:
             self._report(part.epoch.id, report, **part.figures())
             part.report = report
             if report is Report.SEALED:
                 part.hand_over()
+
+    def _leave_path(self) -> None:
+        """Have users pass the guard by as soon as nothing that they write needs to be logged."""
+        if self.device is None or not self.device.guarded or (self._part and self._part.needs_path):
+            return
+        try:
+            if self.device.lasts and not self._device_is_known:
+                self._announce()
+        except LogIndexError as error:
+            self.index_failure = error.message  # nobody would know of them
+        else:
+            self.device.pass_by()
 
     def _new_part(self, current: Epoch) -> Part:
         return Part(current, self._guard, self._device, self._index, self._host, self._spool)
@@ -149,6 +184,9 @@ class Member:
             raise BlockferryError(f"{self._index.reference}: holds an epoch that cannot be read: {error}") from None
 
     def _announce(self) -> None:
+        if self.device and self.device.lasts:
+            self._index.put(words.device_key(self._volume, self._host), {"path": self.device.path})
+            self._device_is_known = True
         self._index.put(words.host_key(self._volume, self._host), self._about, lasts=words.HEARD_OF)
         self._announced = time.monotonic()
 

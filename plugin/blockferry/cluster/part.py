@@ -1,4 +1,4 @@
-"""What one host does in one epoch: it writes out, freezes, holds, lets go, logs, seals, and hands its log over."""
+"""What one host does in one epoch: it writes out, comes into the path, freezes, holds, lets go, logs, and seals."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from blockferry.cluster.index import LogIndex
 from blockferry.cluster.log import LogLayer
 from blockferry.cluster.log_writer import LogWriter
 from blockferry.cluster.shared_device import SharedDevice
+from blockferry.cluster.users_device import UsersDevice
 from blockferry.errors import BlockferryError
 from blockferry.freeze import CannotHoldError
 from blockferry.freeze.suspension import suspended
@@ -54,14 +55,20 @@ class Part:
         self._path = spool
         self._frozen = contextlib.ExitStack()
         self._let_go_at = math.inf
+        """When users do not wait any longer (monotonic clock)."""
         self._writing_out: threading.Thread | None = None
         self._bytes = 0
         self._over = threading.Event()
 
     @property
-    def users_wait(self) -> bool:
-        """Whether this host's users may be waiting."""
+    def is_pressed(self) -> bool:
+        """Whether this host's users, or another's, may be waiting."""
         return self.report in (None, Report.READY, Report.QUIET, Report.HELD)
+
+    @property
+    def needs_path(self) -> bool:
+        """Whether what users write has to pass this host's guard."""
+        return self.report is not Report.SEALED
 
     def join(self) -> None:
         """Log from now on: nothing has passed here since the instant."""
@@ -72,7 +79,7 @@ class Part:
 
     def failure(self) -> str:
         """Return why this host cannot go on, "" if it can."""
-        if self.users_wait and time.monotonic() > self._let_go_at:
+        if self.is_pressed and time.monotonic() > self._let_go_at:
             return f"the other hosts were not ready within {words.HELD:g} s"
         return self.images.failure if self.images else ""
 
@@ -80,13 +87,15 @@ class Part:
         """Return what a report says beside how far this host is."""
         return {"bytes": self._bytes, "frozen": self.frozen, "remarks": self.remarks}
 
-    def follow(self, stage: Stage, users: Volume | None) -> Report | None:
+    def follow(self, stage: Stage, users: Volume | None, device: UsersDevice | None) -> Report | None:
         """Do what a stage asks for, once; return what there is to report. Raise BlockferryError if it cannot be."""
         match stage, self.report:
             case Stage.PREPARE, None:
                 if not self._written_out(users):
                     return None
                 self.images = self._new_images()
+                if device:
+                    device.guard()
             case Stage.FREEZE, Report.READY:
                 began = time.monotonic()
                 self._freeze(users)
