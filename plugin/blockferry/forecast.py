@@ -62,6 +62,7 @@ def forecast(
     difference = chosen.difference
     figures = {
         "volume": volume.name,
+        "repository": repository.reference,
         "tier": chosen.tier.value,
         "tier_reason": chosen.reason,
         "method": found.used.method,

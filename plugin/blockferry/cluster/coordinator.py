@@ -35,7 +35,7 @@ _PATIENCE_TO_HOLD = words.HELD - 0.5
 def hosts_of(index: LogIndex, volume: str) -> dict[str, dict[str, Any]]:
     """Return the guards of a volume that are alive, by host."""
     key = words.host_key(volume)
-    return {found.removeprefix(key): about for found, about in sorted(index.list(key).items())}
+    return {found.removeprefix(key).removesuffix("/"): about for found, about in sorted(index.list(key).items())}
 
 
 def unguarded_hosts(index: LogIndex, volume: str) -> list[str]:

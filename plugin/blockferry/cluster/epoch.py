@@ -1,7 +1,7 @@
 """A backup of a shared volume as all hosts see it: one epoch, whose words lie in the log index.
 
     volumes/NAME/epoch             what is to be done: written by the coordinator alone, and gone soon after it is
-    volumes/NAME/hosts/HOST        a guard, renewed by it as long as it lives
+    volumes/NAME/hosts/HOST/       a guard, renewed by it as long as it lives
     volumes/NAME/asked             written before the guards are looked for: whether the index takes anything
     volumes/NAME/devices/HOST/     a device whose users go on without the guard if that is killed; gone when it is
     epochs/EPOCH/reports/HOST      how far a host is
@@ -98,7 +98,7 @@ def asked_key(volume: str) -> str:
 
 def host_key(volume: str, host: str = "") -> str:
     """Return where a guard's word is; without a host, where all of them are."""
-    return f"volumes/{volume}/hosts/{host}"
+    return f"volumes/{volume}/hosts/" + (f"{host}/" if host else "")
 
 
 def device_key(volume: str, host: str = "") -> str:

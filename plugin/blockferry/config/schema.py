@@ -25,12 +25,12 @@ def schema() -> dict[str, Any]:
         "properties": {
             "repository": _REFERENCE,
             "volumes": _named(_volume(), "Volumes that have a name: `blockferry backup NAME`."),
+            "groups": _named(_group(), "Groups of files: `blockferry backup NAME`."),
             "metrics": {
                 "type": ["string", "null"],
                 "pattern": "^$|^/",
                 "description": "The directory for files of metrics, as node_exporter reads them.",
             },
-            "groups": _named(_group(), "Groups of files: `blockferry backup NAME`."),
         },
     }
 

@@ -42,6 +42,7 @@ def forecast(
     problems = (*scope.missing(), *planned.walked.problems)
     figures = {
         "volume": group.name,
+        "repository": repository.reference,
         "group": group.name,
         "tier": record.tier.value,
         "tier_reason": record.tier_reason,
