@@ -207,7 +207,7 @@ def assert_as_the_page_says(command: str, result: dict[str, object]) -> None:
     assert fields_of(command) == set(result), command
     of_entries = rows()[command].partition("a list of objects with")[2]
     if of_entries:
-        (entries,) = (value for value in result.values() if isinstance(value, list))
+        (entries,) = (value for value in result.values() if isinstance(value, list) and dict in map(type, value))
         assert set(re.findall(r"`(\w+)`", of_entries)) == set(entries[0]), command
 
 
