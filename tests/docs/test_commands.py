@@ -153,7 +153,6 @@ def printed(place: Path, attach: Callable[[Path], str]) -> dict[str, dict[str, o
                 ("completion", "bash"),
                 ("export", image),
                 ("release", "--force"),
-                ("config", "check"),
                 ("config", "show"),
                 ("config", "generate", "borgmatic", "small"),
                 ("doctor",),
@@ -183,9 +182,9 @@ def blockferry(*words: str | Path) -> dict[str, object]:
 
 NOT_RUN_HERE = {
     *("watch", "udev restore", "cluster worker", "mount", "track start", "track stop", "track status"),
-    *("cluster forget", "config schema"),
+    *("cluster forget", "config check", "config schema"),
 }
-"""What waits for something to happen, takes a kernel of its own, or has a result of another form."""
+"""What waits for something to happen, takes a kernel of its own, finds nothing here, or has a result of another form."""
 
 
 def rows() -> dict[str, str]:
