@@ -133,8 +133,7 @@ class DirectLayer(FileLayer):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer straight from the device where everything is aligned, else by way of a page-aligned one."""
-        address = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] if len(buffer) else 0
-        if address % mmap.PAGESIZE == 0 and (offset | len(buffer)) % self.block_size == 0:
+        if is_aligned(buffer) and (offset | len(buffer)) % self.block_size == 0:
             super().read_into(offset, buffer)
             return
         try:
@@ -263,3 +262,8 @@ def _zero(view: memoryview) -> None:
     """Set every byte of the view to zero."""
     if len(view):
         view[:] = bytes(len(view))
+
+
+def is_aligned(buffer: memoryview) -> bool:
+    """Tell whether memory begins with a page, as reading and writing past the page cache takes it."""
+    return not len(buffer) or np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] % mmap.PAGESIZE == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import stat
@@ -83,6 +84,23 @@ def read(path: Path, size: int = SIZE) -> Model:
 
 
 # -- what was appended -------------------------------------------------------------------------------------------------
+
+
+def test_aligned_images_pass_the_page_cache_by_and_are_read_all_the_same(tmp_path: Path) -> None:
+    """Past the end of an area too, whose images are written in one run with it, and beside batches that are not."""
+    chunk, count = 4096, 600
+    model: Model = {}
+    numbers = list(range(count))
+    random.Random(2).shuffle(numbers)
+    with LogWriter(tmp_path / "log", chunk=chunk, size=count * chunk) as writer:
+        for begin in range(0, count, 50):
+            some = numbers[begin : begin + 50]
+            images = [memoryview(mmap.mmap(-1, chunk)) for _ in some]
+            for number, each in zip(some, images, strict=True):
+                each[:] = model[number] = image(number, chunk=chunk, size=count * chunk)
+            aligned = images if begin % 150 else [memoryview(bytes(each)) for each in images]
+            writer.append(np.array(some, np.int64), aligned)
+    assert read(tmp_path / "log", count * chunk) == model
 
 
 @given(data=st.data())

@@ -184,7 +184,7 @@ NOT_RUN_HERE = {
     *("watch", "udev restore", "cluster worker", "mount", "track start", "track stop", "track status"),
     *("cluster forget", "config check", "config schema"),
 }
-"""What waits for something to happen, takes a kernel of its own, finds nothing here, or has a result of another form."""
+"""What waits for something to happen, takes a kernel of its own, finds nothing, or has a result of another form."""
 
 
 def rows() -> dict[str, str]:

@@ -13,11 +13,9 @@ import os
 import threading
 from collections.abc import Iterator
 
-import numpy as np
-
 from blockferry import kernel
 from blockferry.errors import VolumeError
-from blockferry.layers import DirectLayer
+from blockferry.layers import DirectLayer, is_aligned
 from blockferry.volume import Volume
 
 _BOUNCE = 1 << 20
@@ -48,7 +46,7 @@ class SharedDevice:
         if (offset | len(data)) % self.block_size:
             with self._partial:
                 self._write_partial(offset, data)
-        elif _address(data) % mmap.PAGESIZE == 0:
+        elif is_aligned(data):
             self._write(offset, data)
         else:
             with self._bounce() as bounce:
@@ -134,8 +132,3 @@ def opened(volume: Volume) -> Iterator[SharedDevice]:
         yield SharedDevice(volume, descriptor)
     finally:
         os.close(descriptor)
-
-
-def _address(data: memoryview) -> int:
-    address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-    return address
