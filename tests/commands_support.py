@@ -13,6 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+
+def _first(one: str, other: str) -> pytest.MarkDecorator:
+    later = pytest.param(other, marks=pytest.mark.thorough)
+    return pytest.mark.parametrize("depot", [one, later], indirect=True)
+
+
+borg_first, restic_first = _first("borg", "restic"), _first("restic", "borg")
+"""For what takes long: with one tool day by day, with both by `tox -e thorough`."""
+
 PASSPHRASE = "correct horse battery staple"
 
 

@@ -40,6 +40,7 @@ _PATIENCE_TO_ASK = 10.0
 """Seconds for a question to come, once somebody has connected."""
 _PATIENCE_TO_START = 180.0
 _LONGEST_LINE = 1 << 20
+_LONGEST_ADDRESS = 107
 _SYSTEMDS = ("NOTIFY_SOCKET", "JOURNAL_STREAM", "WATCHDOG_USEC", "WATCHDOG_PID")
 """What systemd says to the process that it started, and not to one that outlives it."""
 
@@ -79,6 +80,19 @@ def make_runtime_directory(kind: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _address(place: Path) -> Iterator[str]:
+    """Give a name for a socket that the kernel takes, wherever that is: it takes no more than 107 bytes (unix(7))."""
+    if len(os.fsencode(place)) <= _LONGEST_ADDRESS:
+        yield os.fspath(place)
+        return
+    directory = os.open(place.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{place.name}"
+    finally:
+        os.close(directory)
+
+
 # -- who asks ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +104,8 @@ def ask(place: Path, question: dict[str, Any], *, name: str) -> Answer:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_PATIENCE)
         try:
-            connection.connect(os.fspath(place))
+            with _address(place) as address:
+                connection.connect(address)
         except FileNotFoundError:
             raise NobodyThereError(f"{name}: nothing runs for it") from None
         except ConnectionRefusedError:
@@ -207,7 +222,8 @@ def listening(place: Path) -> Iterator[socket.socket]:
     """Listen; the socket goes away with us, unless we are killed."""
     place.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fspath(place))
+        with _address(place) as address:
+            listener.bind(address)
         try:
             listener.listen()
             yield listener

@@ -95,6 +95,7 @@ def test_an_image_comes_back_as_it_was(place, open_repository):
         repository.describe(stored.snapshot)
 
 
+@pytest.mark.thorough
 def test_an_increment_is_a_whole_image(place, open_repository):
     repository = open_repository(place)
     base = store(repository, Volume(content(SIZE)), BlockMap.build(SIZE, data=USED)).snapshot

@@ -339,6 +339,7 @@ def test_a_part_on_a_base_that_was_repaired_is_never_restored_wrong(make_job: Ma
 
 
 @needs_root
+@pytest.mark.thorough
 def test_two_repositories_have_a_checkpoint_each(make_job: Make, shared: Path, tmp_path: Path) -> None:
     job = make_job()
     depots = [job.depot, make_depot(shared, "restic", tmp_path)]

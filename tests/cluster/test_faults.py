@@ -53,7 +53,12 @@ def test_a_host_is_killed(moment: str, depot: Depot, hosts: list[SharingHost], t
 
 @pytest.mark.parametrize(
     "fault",
-    ["killed", pytest.param("restarted", marks=THOROUGH), pytest.param("stopped", marks=THOROUGH), "full"],
+    [
+        "killed",
+        pytest.param("restarted", marks=THOROUGH),
+        pytest.param("stopped", marks=THOROUGH),
+        pytest.param("full", marks=THOROUGH),
+    ],
 )
 def test_the_index_fails(fault: str, depot: Depot, hosts: list[SharingHost], redis: RedisServer, tmp_path: Path):
     trouble = Trouble(depot, hosts, tmp_path)

@@ -99,7 +99,7 @@ def test_the_host_that_backs_up_has_no_room_for_all_logs(
     trouble.one_more_is_right()
 
 
-@pytest.mark.parametrize("tool", ["borg", "restic"])
+@pytest.mark.parametrize("tool", ["borg", pytest.param("restic", marks=pytest.mark.thorough)])
 def test_the_repository_is_locked(tool: str, hosts: list[SharingHost], tmp_path: Path):
     depot = new_depot(tool, tmp_path / "repository")
     trouble = Trouble(depot, hosts[:1], tmp_path)
@@ -135,7 +135,7 @@ def test_the_index_is_full_from_the_beginning(
     # By and by it forgets the guards too, whose word cannot be renewed.
     index.remove(f"volumes/{VOLUME}/hosts/")
     depot.ferry(*words, **hosts[0].env).refused(1, "is full", "maxmemory")
-    assert "is full" in hosts[0].status()["failure"]
+    wait_until(lambda: "is full" in hosts[0].status()["failure"], HEARD_OF)  # when it renews its word
     redis.ask("CONFIG", "SET", "maxmemory", "0")
     wait_until(lambda: hosts[0].status()["failure"] == "", HEARD_OF)
     trouble.the_hosts_went_on()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, Done, blockferry, command, locked, new_depot, run
+from commands_support import Depot, Done, blockferry, command, locked, new_depot, restic_first, run
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,7 @@ def test_a_second_backup_of_one_volume_at_the_same_time_is_for_later(depot: Depo
     assert 75 in codes | {first.returncode}
 
 
+@restic_first
 def test_random_bytes_in_a_filesystem_image_lose_nothing(depot: Depot, image, tmp_path):
     chance = random.Random(3)
     whole = image.read_bytes()

@@ -40,7 +40,8 @@ def mounts(volume: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "victim", ["blockferry", "tool", pytest.param("terminate", marks=pytest.mark.thorough), "interrupt"]
+    "victim",
+    ["blockferry", "tool", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("terminate", "interrupt"))],
 )
 def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim):
     image = tmp_path / f"noise-{os.getpid()}-{victim}.img"

@@ -10,7 +10,7 @@ import pytest
 
 from blockferry.extents import ExtentSet
 from blockferry.manager import plugin_manager, repository_named
-from commands_support import Depot, run
+from commands_support import Depot, borg_first, restic_first, run
 from conftest import Mount
 from sets_support import MadeSet, SharedVolume, common_record, make_set
 
@@ -18,12 +18,6 @@ pytestmark = pytest.mark.root
 
 MIB = 1 << 20
 NAME = "volume.img"
-BORG_FIRST = pytest.mark.parametrize(
-    "depot", ["borg", pytest.param("restic", marks=pytest.mark.thorough)], indirect=True
-)
-RESTIC_FIRST = pytest.mark.parametrize(
-    "depot", ["restic", pytest.param("borg", marks=pytest.mark.thorough)], indirect=True
-)
 
 
 @pytest.fixture
@@ -63,7 +57,7 @@ def listed(depot: Depot) -> dict[str, str | None]:
     return {each["id"]: each["broken"] for each in depot.ferry("snapshots", "--json").json()["snapshots"]}
 
 
-@BORG_FIRST
+@borg_first
 def test_what_a_part_lies_on_stays(depot: Depot, image: Path, tmp_path: Path):
     whole, older, newer = parts_on_a_whole_one(depot, image)
     said = depot.ferry("prune", NAME, "--keep-last", 1, "--json").json()
@@ -78,7 +72,7 @@ def test_what_a_part_lies_on_stays(depot: Depot, image: Path, tmp_path: Path):
     assert (tmp_path / "restored").read_bytes() == image.read_bytes()
 
 
-@RESTIC_FIRST
+@restic_first
 def test_what_the_tool_s_own_rules_have_torn_is_found_and_not_built_on(depot: Depot, image: Path, tmp_path: Path):
     whole, older, newer = parts_on_a_whole_one(depot, image)
     prune_by_the_stock_tool(depot)
@@ -135,7 +129,7 @@ def test_the_tool_s_own_rules_leave_the_shares_of_a_set(depot: Depot, made: list
     assert len(depot.archives()) == 3
 
 
-@BORG_FIRST
+@borg_first
 def test_a_set_whose_share_is_gone_is_found(depot: Depot, made: list[MadeSet]):
     share = made[0].shares[0]
     depot.stock("delete" if depot.tool == "borg" else "forget", *_named(depot, share.archive))

@@ -97,6 +97,7 @@ def test_ranges_that_are_none_are_refused():
         ExtentSet.from_ranges([5], [4])
 
 
+@pytest.mark.thorough
 def test_ten_million_extents_are_handled():
     starts = np.arange(10_000_000, dtype=np.int64) * 8192
     a, b = ExtentSet(starts, starts + 4096), ExtentSet(starts + 2048, starts + 6000)

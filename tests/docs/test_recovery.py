@@ -191,7 +191,7 @@ def test_the_page_names_the_filesystem_afterwards(volume: Path) -> None:
     assert 'TYPE="ext4"' in run_shell(f"TARGET={volume}\n{look}", {})
 
 
-@pytest.mark.parametrize("tool", ["borg", "restic"])
+@pytest.mark.parametrize("tool", ["borg", pytest.param("restic", marks=pytest.mark.thorough)])
 def test_parts_are_put_over_what_they_lie_on(
     tool: str, worn_device: Path, tmp_path: Path, mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from changed_support import why_no_bpftrace
-from commands_support import Depot, blockferry, new_depot, run
+from commands_support import Depot, blockferry, borg_first, new_depot, run
 from groups_disks_support import filesystem
 
 pytestmark = pytest.mark.root
@@ -124,6 +124,7 @@ def test_a_group_that_cannot_be_stored_does_not_keep_others_from_it(tmp_path: Pa
     assert "/nowhere" in groups["gone"]["error"]
 
 
+@borg_first
 def test_old_snapshots_go_by_the_rules_of_the_group(disk: Path, depot: Depot) -> None:
     env = configured(disk, depot, mail=f"paths: [{disk}/mail], keep_last: 2", www=f"paths: [{disk}/www]")
     made = []
@@ -164,6 +165,7 @@ def test_a_base_that_is_not_to_be_had_any_more_costs_a_full_backup(disk: Path, t
 
 
 @pytest.mark.skipif(bool(why_no_bpftrace()), reason=why_no_bpftrace())
+@borg_first
 def test_where_a_tracker_watches_only_the_blocks_that_were_written_are_read(
     disk: Path, depot: Depot, tmp_path: Path
 ) -> None:

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, run
+from commands_support import Depot, borg_first, run
 from conftest import Attach
 from hot_support import MIB, Hot, check_filesystem, mounted, same_tree
 
 pytestmark = pytest.mark.root
-WITH_RESTIC_THOROUGHLY = pytest.mark.parametrize(
-    "depot", ["borg", pytest.param("restic", marks=pytest.mark.thorough)], indirect=True
-)
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def blocks_that_differ(one: Path, other: Path, size: int) -> int:
 @pytest.mark.parametrize(
     ("depot", "kind", "on"),
     [
-        ("borg", "xfs", "loop device"),
+        pytest.param("borg", "xfs", "loop device", marks=pytest.mark.thorough),
         ("restic", "ext4", "file"),
         pytest.param("borg", "ext4", "file", marks=pytest.mark.thorough),
         pytest.param("restic", "xfs", "loop device", marks=pytest.mark.thorough),
@@ -144,7 +141,7 @@ def test_what_nobody_writes_to_is_the_snapshot(depot: Depot, small, hot, attach:
     assert file.read_bytes() == now
 
 
-@WITH_RESTIC_THOROUGHLY
+@borg_first
 def test_it_goes_on_where_it_was(depot: Depot, hot, tmp_path):
     noise = tmp_path / "noise.img"
     noise.write_bytes(random.Random(3).randbytes(40 * MIB))
@@ -164,7 +161,7 @@ def test_it_goes_on_where_it_was(depot: Depot, hot, tmp_path):
     restore.try_to("status").refused(1, "no such restore")
 
 
-@WITH_RESTIC_THOROUGHLY
+@borg_first
 def test_nothing_but_what_is_read_comes_back_at_rate_0(depot: Depot, hot, tmp_path):
     noise = tmp_path / "noise.img"
     noise.write_bytes(random.Random(3).randbytes(96 * MIB))
@@ -195,7 +192,7 @@ def _settled(restore: Hot) -> int:
             return int(before)
 
 
-@WITH_RESTIC_THOROUGHLY
+@borg_first
 def test_a_part_is_attached_too(depot: Depot, small, files, hot, attach: Attach, tmp_path):
     device = attach(small)
     assert depot.ferry("backup", device, "--name", "volume").code == 0

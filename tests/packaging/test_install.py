@@ -81,13 +81,12 @@ def test_the_wheel_holds_the_packages_and_what_the_system_can_use(distribution: 
     tops = {name.split("/")[0] for name in names}
     assert {each for each in tops if "." not in each} == {"blockferry", "blockferry_borg", "blockferry_restic"}
     man = {f"share/man/man1/{path.name}" for path in (ROOT / "packaging" / "man").iterdir()}
-    units = {f"lib/systemd/system/{path.name}" for path in (ROOT / "packaging" / "systemd").iterdir()}
     completions = {
         "share/bash-completion/completions/blockferry",
         "share/zsh/site-functions/_blockferry",
         "share/fish/vendor_completions.d/blockferry.fish",
     }
-    assert data == man | units | completions
+    assert data == man | completions
     packages = ("plugin/blockferry", "adapters/blockferry_borg", "adapters/blockferry_restic")
     sources = {
         path.relative_to(ROOT / top).as_posix() for top in ("plugin", "adapters") for path in sources_of(top, packages)

@@ -303,6 +303,7 @@ def test_a_log_that_has_gone_round_is_read(options, ending, tmp_path, attach, mo
     check_against_xfs_db(copy, answer(copy))
 
 
+@pytest.mark.thorough
 def test_a_log_whose_last_record_reaches_around_its_end_is_read(tmp_path, attach, mount):
     """Every freeze moves the head by a few blocks: here it steps over the end of the log."""
     image = make(tmp_path / "disk.img", 96, "-l size=4096b")

@@ -32,6 +32,7 @@ def snapshots() -> list[str]:
     return run("lvs", "--noheadings", "--options", "lv_name", "--select", "lv_tags=blockferry", GROUP).split()
 
 
+@pytest.mark.thorough
 def test_its_snapshot_goes_when_it_is_released_or_was_killed(
     device: str, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

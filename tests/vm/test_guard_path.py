@@ -172,6 +172,7 @@ def _on(volume: str) -> bytes:
         return disk.read()
 
 
+@pytest.mark.thorough
 def test_a_mounted_filesystem_is_backed_up_and_outlives_its_guard(
     host: SharingHost, depot: Depot, mount: Mount, tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_mounted_filesystem_is_backed_up_and_outlives_its_guard(
 
 
 @THOROUGH
+@pytest.mark.thorough
 def test_who_uses_a_device_has_it_whatever_becomes_of_the_guard(
     host: SharingHost, depot: Depot, mount: Mount, index: LogIndex
 ) -> None:
@@ -252,6 +254,7 @@ def _overwrite_by_path(host: SharingHost) -> None:
 
 
 @THOROUGH
+@pytest.mark.thorough
 def test_a_guard_that_comes_late_logs_unless_somebody_may_have_written_before_it(
     host: SharingHost, index: LogIndex
 ) -> None:
@@ -273,6 +276,7 @@ def test_a_guard_that_comes_late_logs_unless_somebody_may_have_written_before_it
 
 @THOROUGH
 @pytest.mark.parametrize("fails", ["load", "resume"])
+@pytest.mark.thorough
 def test_where_the_way_cannot_be_exchanged_writes_go_on(
     host: SharingHost, index: LogIndex, tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +311,7 @@ def test_where_the_way_cannot_be_exchanged_writes_go_on(
 
 @THOROUGH
 @pytest.mark.parametrize("why", ["a buffer", "partitions"])
+@pytest.mark.thorough
 def test_who_cannot_be_led_past_the_guard_stays_guarded(host: SharingHost, why: str) -> None:
     options: list[Any] = ["--buffer", "4M"] if why == "a buffer" else []
     if why == "partitions":

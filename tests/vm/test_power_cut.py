@@ -74,6 +74,7 @@ def depot(tmp_path: Path) -> Depot:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cut", range(CUTS))
+@pytest.mark.thorough
 def test_what_was_synced_before_a_power_cut_is_there_when_the_restore_goes_on(
     depot: Depot, tmp_path: Path, attach: Attach, mount: Mount, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
