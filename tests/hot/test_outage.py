@@ -192,7 +192,8 @@ def remove_a_pack(depot: Depot) -> None:
     )
     for pack in reversed(packs):
         aside = pack.rename(depot.path / "aside")
-        if depot.ferry("show", "latest", BLOCKFERRY_STATE_DIR=str(depot.path.parent / "fresh")).code == 0:
+        nothing_is_remembered = str(depot.path.parent / f"fresh-{pack.name}")
+        if depot.ferry("show", "latest", BLOCKFERRY_STATE_DIR=nothing_is_remembered).code == 0:
             aside.unlink()
             return
         aside.rename(pack)
