@@ -220,7 +220,7 @@ def measure_foreground(
             report.add(title, measure.take_turns(contenders, options.rounds))
 
 
-def fio(device: str, options: argparse.Namespace, *, again: bool) -> Run:
+def fio(device: str, options: argparse.Namespace, *, again: bool = False) -> Run:
     """Write to each place of a device once, or for a while to any `again` and again."""
     how = ["--norandommap", "--time_based", f"--runtime={options.seconds}"] if again else []
     done = measure.run(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -29,7 +27,7 @@ from blockferry.cluster.coordinator import Coordinator
 from blockferry.cluster.epoch import Epoch, Stage
 from blockferry.cluster.index import LogIndex
 from blockferry.manager import log_index_named, plugin_manager
-from cluster import NAME, Host, wait_until
+from cluster import NAME, Host, fio, wait_until
 
 _SECTORS = 128
 """Of a chunk of 64 KiB."""
@@ -150,23 +148,6 @@ def kernels_snapshot(root: Path, disk: str) -> Iterator[Callable[[], str]]:
         yield origin
     finally:
         remove()
-
-
-def fio(device: str, options: argparse.Namespace) -> Run:
-    """Write to all places of a device, each once."""
-    done = measure.run(
-        [
-            *("fio", "--name=writes", f"--filename={device}", "--rw=randwrite", "--bs=64k", "--direct=1"),
-            *("--ioengine=libaio", f"--iodepth={options.depth}", "--randrepeat=1", "--output-format=json"),
-        ]
-    )
-    writes = json.loads(done.output)["jobs"][0]["write"]
-    figures = {
-        "bytes_a_second": writes["bw_bytes"],
-        "p50_seconds": writes["clat_ns"]["percentile"]["50.000000"] / 1e9,
-        "p99_seconds": writes["clat_ns"]["percentile"]["99.000000"] / 1e9,
-    }
-    return dataclasses.replace(done, output="", figures=figures)
 
 
 if __name__ == "__main__":
