@@ -32,6 +32,8 @@ class SharingHost:
     namespace: Host | None = None
     loads: list[subprocess.Popen[bytes]] = dataclasses.field(default_factory=list)
     device: str = ""
+    attached: str = ""
+    """What is on the device, so that nobody else's is taken away who has its name by now."""
     state: Path | None = None
     """Where its state lies; else in its home."""
 
@@ -56,6 +58,7 @@ class SharingHost:
         words = [self.volume, "--name", VOLUME, "--host", self.name, "--log-room", "1M", *options]
         said = self.ferry("guard", "start", *words, "--json").json()
         self.device = said["device"]
+        self.attached = number_of_what_is_attached(self.device)
         return said
 
     def status(self) -> dict[str, Any]:
@@ -105,9 +108,15 @@ class SharingHost:
         for number in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, 9)
-        if self.device:
+        if self.attached and number_of_what_is_attached(self.device) == self.attached:
             with contextlib.suppress(AssertionError):
                 run("losetup", "--detach", self.device)
+
+
+def number_of_what_is_attached(loop: str) -> str:
+    """Return the number that the kernel gave to what is on a loop device, "" if there is nothing."""
+    found = Path("/sys/block", Path(loop).name)
+    return (found / "diskseq").read_text() if (found / "loop" / "backing_file").exists() else ""
 
 
 @contextlib.contextmanager
