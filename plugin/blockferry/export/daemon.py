@@ -33,7 +33,7 @@ from blockferry.export.view import View
 from blockferry.fuse import mounted_on
 from blockferry.groups.definition import Group
 from blockferry.manager import plugin_manager
-from blockferry.repository import Advance
+from blockferry.progress import Silent
 from blockferry.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def serve(request: Request) -> None:
         ]
         for each in request.groups:
             group = Group.from_json(each)
-            views.append(held.enter_context(shown_group(manager, group, since=request.since, progress=_Silent())))
+            views.append(held.enter_context(shown_group(manager, group, since=request.since, progress=Silent())))
         tree = ExportTree(views, as_segments=request.as_segments)
         server = held.enter_context(mounted_on(tree, Path(request.at), stays_dead=True))
         listener = held.enter_context(service.listening(note.socket))
@@ -67,22 +67,6 @@ def serve(request: Request) -> None:
         if ended:
             dataclasses.replace(note, ended=ended).save()
             _tell(f"{request.at}: {ended}")
-
-
-class _Silent:
-    """Implements `blockferry.progress.Progress` where nobody looks on."""
-
-    @contextlib.contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
-        """Say nothing."""
-        del name, total
-        yield lambda _count: None
-
-    @contextlib.contextmanager
-    def count(self, name: str) -> Iterator[Advance]:
-        """Say nothing."""
-        del name
-        yield lambda _count: None
 
 
 class Export:
