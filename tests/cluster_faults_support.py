@@ -26,6 +26,7 @@ from commands_support import Depot, command
 
 THOROUGH = pytest.mark.thorough
 ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_FAULTS", "1"))
+SEED = int(os.environ.get("BLOCKFERRY_TEST_SEED", "1"))
 SLOW = 3.0
 """Seconds that a machine may take for what takes no time."""
 LONGEST = epoch.HELD + PATIENCE + SLOW
@@ -40,7 +41,7 @@ class Trouble:
     def __init__(self, depot: Depot, hosts: list[SharingHost], home: Path) -> None:
         self.depot, self.hosts, self.home = depot, hosts, home
         self.before = Path(hosts[0].volume).read_bytes()
-        self.chance = random.Random(int(os.environ.get("BLOCKFERRY_TEST_SEED", "1")))
+        self.chance = random.Random(SEED)
         self.locks = home / "locks"
         self.locks.touch()
         self.seed = 0

@@ -144,10 +144,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def back_up(depot: Depot, host: SharingHost, *options: object) -> dict[str, Any]:
+def back_up(depot: Depot, host: SharingHost, *options: object, **env: str) -> dict[str, Any]:
     """Back the volume up from a host; return what the command says."""
-    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--json"]
-    return depot.ferry(*words, **host.env).json()
+    words = ["cluster", "backup", host.volume, "--name", VOLUME, *options, "--repo", depot.reference, "--json"]
+    return host.ferry(*words, **depot.env, **env).json()
 
 
 def instant_of(depot: Depot, snapshot: str) -> int:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import cluster_load
-from cluster_hosts_support import MIB, VOLUME, SharingHost, instant_of, sharing, wait_until, writes_of
+from cluster_dask_support import Scheduler, Workers
+from cluster_hosts_support import MIB, VOLUME, SharingHost, instant_of, sharing, writes_of
 from cluster_support import running_redis
-from commands_support import Depot, command, new_depot
+from commands_support import Depot, new_depot
 
 pytestmark = pytest.mark.root
 
@@ -31,39 +28,10 @@ def hosts(tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
 
 
 @pytest.fixture
-def scheduler(tmp_path: Path) -> Iterator[str]:
-    """A Dask scheduler; returns its address."""
-    file = tmp_path / "scheduler.json"
-    words = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    process = subprocess.Popen([str(Path(sys.executable).with_name("dask")), *words], stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: file.exists() and file.read_text().endswith("}"))
-        yield json.loads(file.read_text())["address"]
-    finally:
-        process.terminate()
-        process.wait()
-
-
-class Workers:
-    """Workers of hosts, and what they hold of a repository."""
-
-    def __init__(self, depot: Depot, hosts: list[SharingHost], scheduler: str) -> None:
-        self.processes = [
-            subprocess.Popen(
-                command("cluster", "worker", scheduler, "--volume", f"{VOLUME}={host.volume}", "--host", host.name),
-                env=os.environ | host.env | depot.env,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for host in hosts
-        ]
-
-    def end(self) -> None:
-        for each in self.processes:
-            each.send_signal(signal.SIGTERM)
-        for each in self.processes:
-            _out, err = each.communicate(timeout=30)
-            assert "Traceback" not in err or each.returncode < 0, err
+def scheduler(tmp_path: Path) -> Iterator[Scheduler]:
+    running = Scheduler(tmp_path / "scheduler")
+    yield running
+    running.end()
 
 
 def back_up(depot: Depot, hosts: list[SharingHost], tmp_path: Path, *options: object) -> dict[str, object]:
@@ -89,24 +57,22 @@ def test_processes_of_one_host_copy_a_share_each(depot: Depot, hosts: list[Shari
 
 
 @pytest.mark.parametrize("depot", ["borg", pytest.param("restic", marks=pytest.mark.thorough)], indirect=True)
-def test_every_host_copies_a_share(depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path):
+def test_every_host_copies_a_share(depot: Depot, hosts: list[SharingHost], scheduler: Scheduler, tmp_path: Path):
     workers = Workers(depot, hosts, scheduler)
     try:
-        _wait_for(scheduler, 2)
-        assert back_up(depot, hosts, tmp_path, "--engine", f"dask://{scheduler}")["shares"] == 2
+        assert back_up(depot, hosts, tmp_path, "--engine", scheduler.engine)["shares"] == 2
     finally:
         workers.end()
 
 
 def test_a_worker_that_is_killed_leaves_its_share_to_the_other(
-    hosts: list[SharingHost], scheduler: str, tmp_path: Path
+    hosts: list[SharingHost], scheduler: Scheduler, tmp_path: Path
 ):
     depot = new_depot("restic", tmp_path / "repository")
     workers = Workers(depot, hosts, scheduler)
     try:
-        _wait_for(scheduler, 2)
         threading.Thread(target=_kill_when_it_copies, args=[workers.processes[1]], daemon=True).start()
-        assert back_up(depot, hosts, tmp_path, "--engine", f"dask://{scheduler}")["shares"] == 2
+        assert back_up(depot, hosts, tmp_path, "--engine", scheduler.engine)["shares"] == 2
         listed = depot.ferry("snapshots", "--json").json()["snapshots"]
         assert len(listed) == 1
     finally:
@@ -115,11 +81,11 @@ def test_a_worker_that_is_killed_leaves_its_share_to_the_other(
 
 @pytest.mark.parametrize("depot", ["restic"], indirect=True)
 def test_a_scheduler_without_the_volume_is_refused(
-    depot: Depot, hosts: list[SharingHost], scheduler: str, tmp_path: Path
+    depot: Depot, hosts: list[SharingHost], scheduler: Scheduler, tmp_path: Path
 ):
     hosts[0].start()
     words = ["cluster", "backup", hosts[0].volume, "--name", VOLUME, "--engine"]
-    depot.ferry(*words, f"dask://{scheduler}", **hosts[0].env).refused(2, "no worker has the volume", "cluster worker")
+    depot.ferry(*words, scheduler.engine, **hosts[0].env).refused(2, "no worker has the volume", "cluster worker")
     depot.ferry(*words, "dask://tcp://127.0.0.1:1", **hosts[0].env).refused(2, "no Dask scheduler")
     depot.ferry(*words, "slurm", **hosts[0].env).refused(2, "not an engine")
     assert depot.archives() == []
@@ -139,12 +105,3 @@ def _name(process: str) -> str:
         return Path(f"/proc/{process}/comm").read_text()
     except OSError:
         return ""
-
-
-def _wait_for(scheduler: str, count: int) -> None:
-    """Wait until so many workers are there."""
-    import distributed  # noqa: PLC0415  # takes a second
-
-    with distributed.Client(scheduler, set_as_default=False) as client:
-        wait_until(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == count)
-        time.sleep(0.2)

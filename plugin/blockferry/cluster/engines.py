@@ -106,8 +106,10 @@ def work_for(address: str, host: str) -> None:
 
     async def work(scratch: str) -> None:
         resources = {f"volume:{name}": 1 for name in copying.PATHS}
+        # Where nobody but those who reach the scheduler can have it run what they like.
+        own = distributed.utils.get_ip(distributed.comm.get_address_host(address))
         worker = distributed.Worker(
-            address, name=host, nthreads=1, resources=resources, local_directory=scratch, dashboard=False
+            address, host=own, name=host, nthreads=1, resources=resources, local_directory=scratch, dashboard=False
         )
         async with worker:
             for number in (signal.SIGTERM, signal.SIGINT):
