@@ -286,6 +286,15 @@ def blockferry_backup_failed(volume: str, repository: str, error: BaseException)
     """
 
 
+@hookspec
+def blockferry_export_released(statistics: dict[str, Any], failed: bool) -> None:
+    """Learn that another tool's job is over, and the export for it. All plugins are told.
+
+    :param statistics: the figures that `release --json` prints of it; of one that was killed only who was in it.
+    :param failed: whether the job said that it failed. If it did not, what it read may still not be all: `failure`.
+    """
+
+
 # -- hot restore -------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,10 @@ Advance = Callable[[int], None]
 """Called with how many bytes of the map's data, on the repository's grid, were dealt with since the last call."""
 
 
+EXPORTED = "export:"
+"""What is in the place of a repository's reference where another tool's job stores."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """An earlier snapshot, and which chunks of its image a new one takes over: whole ones, on the repository's grid."""

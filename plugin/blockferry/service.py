@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -42,6 +43,8 @@ _PATIENCE_TO_START = 180.0
 _LONGEST_LINE = 1 << 20
 _LONGEST_ADDRESS = 107
 _SYSTEMDS = ("NOTIFY_SOCKET", "JOURNAL_STREAM", "WATCHDOG_USEC", "WATCHDOG_PID")
+_OF_REPOSITORIES = re.compile(r"(BORG|RESTIC|RCLONE|AWS|AZURE|B2|GOOGLE|OS|ST)_.*|.*(PASS|SECRET|TOKEN|CREDENTIAL).*")
+"""Variables by which borg, restic and what they store to are let in, and what looks like one of their kind."""
 """What systemd says to the process that it started, and not to one that outlives it."""
 
 
@@ -128,10 +131,12 @@ def ask(place: Path, question: dict[str, Any], *, name: str) -> Answer:
     return answer, payload
 
 
-def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> dict[str, Any]:
+def start(command: list[str], place: Path, *, name: str, told: bytes = b"", credentials: bool = True) -> dict[str, Any]:
     """Start a process of its own by `command`; return its status as soon as it listens at `place`, or if one did.
 
-    `told`, of at most a page, is on its standard input: what is secret does not go on a command line.
+    `told`, of at most a page, is on its standard input: what is secret does not go on a command line. Without
+    `credentials` its environment has none: a job's hook is given the job's, and what it leaves running needs no
+    repository.
 
     Raise BlockferryError, with what that process said last, if it does not come to that.
     """
@@ -147,7 +152,7 @@ def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> d
             stdin=told_there,
             stdout=words,
             stderr=words,
-            env={name: value for name, value in os.environ.items() if name not in _SYSTEMDS} | KEEP_FREED_MEMORY,
+            env=_environment(credentials=credentials),
             start_new_session=True,
         )
     deadline = time.monotonic() + _PATIENCE_TO_START
@@ -165,6 +170,14 @@ def start(command: list[str], place: Path, *, name: str, told: bytes = b"") -> d
     except (ValueError, KeyError, TypeError):
         error = BlockferryError(last[-1])
     raise error
+
+
+def _environment(*, credentials: bool) -> dict[str, str]:
+    """Return the environment of a process that stays."""
+    kept = {name: value for name, value in os.environ.items() if name not in _SYSTEMDS}
+    if not credentials:
+        kept = {name: value for name, value in kept.items() if not _OF_REPOSITORIES.fullmatch(name)}
+    return kept | KEEP_FREED_MEMORY
 
 
 def wait_until_free(place: Path) -> None:

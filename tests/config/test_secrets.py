@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -17,48 +13,7 @@ from blockferry.config.borgmatic import resolve
 from blockferry.config.reference import ForeignReference
 from commands_support import blockferry
 from config_support import SECRET, Job, restic_repository
-
-
-class Watch:
-    """Looks at every process on this host, again and again; `seen` is the command lines with the secret in them."""
-
-    def __init__(self) -> None:
-        self.seen: set[bytes] = set()
-        self.environments: set[str] = set()
-        self.looks = 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        secret = SECRET.encode()
-        while not self._end.is_set():
-            for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    line = (process / "cmdline").read_bytes()
-                    if secret in line:
-                        self.seen.add(line)
-                    if secret in (process / "environ").read_bytes():
-                        self.environments.add(line.split(b"\0")[0].decode().rpartition("/")[2])
-            self.looks += 1
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-def kept(*places: Path) -> Iterator[Path]:
-    """Yield the files below some directories that hold the secret."""
-    for place in places:
-        for directory, _names, files in os.walk(place):
-            for name in files:
-                path = Path(directory, name)
-                with contextlib.suppress(OSError):
-                    if path.is_file() and SECRET.encode() in path.read_bytes():
-                        yield path
+from secrets_support import Watch, kept
 
 
 def test_borgmatics_passphrase_stays_where_it_belongs(
@@ -66,7 +21,7 @@ def test_borgmatics_passphrase_stays_where_it_belongs(
 ) -> None:
     monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "state"))
     job.write("keep_secondly: 1\nskip_actions: [check]\ncommands: [{before: action, when: [create], run: ['true']}]")
-    with Watch() as watch:
+    with Watch(SECRET) as watch:
         said = blockferry("-vv", "backup", volume, "--repo", job.reference)
         again = blockferry("-vv", "--log-json", "backup", volume, "--repo", job.reference)
         restored = blockferry("-vv", "restore", "latest", tmp_path / "back.img", "--repo", job.reference)
@@ -75,7 +30,7 @@ def test_borgmatics_passphrase_stays_where_it_belongs(
     assert watch.seen == set()
     assert watch.environments == set(), "borg has it from a pipe, as borgmatic gives it"
     assert not any(SECRET in done.out + done.err for done in (said, again, restored))
-    assert list(kept(tmp_path / "state", job.repository, tmp_path / "source")) == []
+    assert list(kept(SECRET, tmp_path / "state", job.repository, tmp_path / "source")) == []
 
 
 def test_restics_password_is_in_the_environment_of_restic_alone(
@@ -88,15 +43,16 @@ def test_restics_password_is_in_the_environment_of_restic_alone(
         f"default:\n  repository: {tmp_path}/repository\n  env: {{RESTIC_PASSWORD: {SECRET}}}\n"
         "  retention: {after-backup: true, keep-last: 1, prune: true}\n"
     )
-    with Watch() as watch:
+    with Watch(SECRET) as watch:
         done = [blockferry("-vv", "backup", volume, "--repo", f"resticprofile:{file}")]
         done.append(blockferry("-vv", "restore", "latest", tmp_path / "back.img", "--repo", f"resticprofile:{file}"))
     assert [each.code for each in done] == [0, 0], done
     assert watch.seen == set()
     # setpriv and env become restic; what is just becoming one of them has no command line.
-    assert watch.environments <= {"restic", "setpriv", "env", ""}, watch.environments
+    programs = {line.partition(" ")[0].rpartition("/")[2] for line in watch.environments}
+    assert programs <= {"restic", "setpriv", "env", ""}, watch.environments
     assert not any(SECRET in each.out + each.err for each in done)
-    assert list(kept(tmp_path / "state", tmp_path / "repository")) == []
+    assert list(kept(SECRET, tmp_path / "state", tmp_path / "repository")) == []
 
 
 def test_what_borgmatic_told_is_not_shown(job: Job, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from blockferry.errors import BlockferryError, UsageError
 from blockferry.export import client, job, note
 from blockferry.export.client import Request
 from blockferry.export.note import Note
+from blockferry.repository import EXPORTED
 from blockferry.volume import default_name
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -94,7 +95,12 @@ def export(
         job=tuple(job.processes()),
     )
     _refuse_twins(request)
-    said = client.start(context.manager, request)
+    try:
+        said = client.start(context.manager, request)
+    except BaseException as error:
+        for name in request.note.names:
+            context.tell_failure(name, EXPORTED, error)
+        raise
     said |= {"version": 1, "seconds": round(time.monotonic() - began, 3)}
     context.output.result(said, lambda: "\n".join(_line(each, kind) for each in said["volumes"]))
 
@@ -120,7 +126,7 @@ def release(context: Context, names: tuple[str, ...], at: str | None, failed: bo
     said, refused = [], []
     for each in _meant(context, names, at):
         try:
-            said.append(client.release(context.manager, each, force=force))
+            said.append(client.release(context.manager, each, force=force, failed=failed))
         except BlockferryError as error:
             refused.append(error)
     for one in said:

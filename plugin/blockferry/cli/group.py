@@ -122,7 +122,11 @@ def _stored(context: Context, wanted: Sequence[tuple[Group, Repository]], since:
         return
     done = back_up_groups(context.manager, wanted, since=since, progress=context.output)
     for (group, repository), result in zip(wanted, done, strict=True):
-        remember(context, repository.reference, result.result)
+        stored = result.result
+        context.manager.hook.blockferry_snapshot_stored(
+            snapshot=stored.snapshot, record=stored.record, statistics=result.as_json()
+        )
+        remember(context, repository.reference, stored)
         record_run(group.name, began, ok=True)
         _thin_out(group, repository)
         yield result

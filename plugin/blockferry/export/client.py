@@ -18,6 +18,7 @@ from blockferry import fuse, service
 from blockferry.errors import BlockferryError, NotNowError, TargetError
 from blockferry.export import job
 from blockferry.export.note import KIND, Note, load_all
+from blockferry.manager import tell
 from blockferry.state import state_directory
 
 _KILLED = "what kept it was killed"
@@ -81,14 +82,17 @@ def start(manager: pluggy.PluginManager, request: Request) -> dict[str, Any]:
     _check_directory(request.at)
     service.make_runtime_directory(KIND)
     told = json.dumps(dataclasses.asdict(request)).encode() + b"\n"
-    said = service.start(["-m", "blockferry.export.daemon"], request.note.socket, name=request.at, told=told)
+    command = ["-m", "blockferry.export.daemon"]
+    said = service.start(command, request.note.socket, name=request.at, told=told, credentials=False)
     if said["id"] != request.id:
         raise taken(request.at)
     return said
 
 
-def release(manager: pluggy.PluginManager, note: Note, *, force: bool) -> dict[str, Any]:
+def release(manager: pluggy.PluginManager, note: Note, *, force: bool, failed: bool = False) -> dict[str, Any]:
     """End an export, whatever became of its process; return what that said last, with all that went wrong.
+
+    Plugins learn of it, and whether the job said that it `failed`.
 
     Raise BlockferryError if it belongs to a job that still runs and that we are no part of, but for `force`. That is a
     failure: whoever releases it thought that it was its own.
@@ -106,6 +110,7 @@ def release(manager: pluggy.PluginManager, note: Note, *, force: bool) -> dict[s
     except service.NobodyThereError:
         said["failure"] = note.ended or _KILLED
     _clear_away(manager, note)
+    tell(manager.hook.blockferry_export_released, statistics=said, failed=failed)
     return said
 
 

@@ -129,6 +129,7 @@ class Export:
             "volumes": volumes,
             "bytes_read": sum(view.bytes_read for view in self.views),
             "failure": "; ".join(failures),
+            "seconds": round(_clock() - self.began, 3),
             "ends_in": round(self._left()),
         }
 

@@ -16,6 +16,7 @@ import json
 from blockferry.blockmap import BlockMap
 from blockferry.errors import DamagedSnapshotError
 from blockferry.remembered import Remembered
+from blockferry.repository import EXPORTED
 from blockferry.segments import Stamps, segment_count, stamps_from_bytes, stamps_to_bytes, unit_for
 from blockferry.snapshot import Record, Snapshot
 
@@ -66,7 +67,7 @@ class Shown:
 class Memory:
     """The exports of one volume or group, each as a snapshot. Implements `blockferry.repository.Snapshots`."""
 
-    reference = "export:"
+    reference = EXPORTED
 
     def __init__(self, name: str, *, kind: str = "volumes") -> None:
         self._files = Remembered("exported", kind, name)

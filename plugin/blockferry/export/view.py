@@ -91,6 +91,7 @@ class View:
             "tier_reason": record.tier_reason,
             "method": record.method,
             "tracker": record.tracker,
+            "tracker_ready": bool(record.checkpoints),
             "stability": record.stability.value,
             "freeze": record.freeze,
             "unit": record.unit,

@@ -100,9 +100,6 @@ def back_up_groups(
                 log.warning("%s; reading every file", error.message)
                 with job.planned(None, error.message) as whole, _disk([whole]) as own:
                     done = whole.store(own)
-            manager.hook.blockferry_snapshot_stored(
-                snapshot=done.result.snapshot, record=done.result.record, statistics=done.as_json()
-            )
             yield done
 
 

@@ -20,6 +20,7 @@ from blockferry.hookspecs import hookimpl
 from blockferry.manager import without_credentials
 from blockferry.metrics.families import FAMILIES
 from blockferry.metrics.textfile import Samples, changing, key
+from blockferry.repository import EXPORTED
 from blockferry.snapshot import Record, Snapshot, Tier
 
 log = logging.getLogger(__name__)
@@ -57,33 +58,33 @@ class Metrics:
     def blockferry_snapshot_stored(self, snapshot: Snapshot, record: Record, statistics: dict[str, Any]) -> None:
         """Note a backup that went well."""
         labels = (snapshot.volume, without_credentials(str(statistics.get("repository", ""))))
-
-        def change(samples: Samples) -> None:
-            _put(samples, labels, statistics, _OF_BACKUPS)
-            _set(samples, "backup_last_success_timestamp_seconds", labels, time.time())
-            _set(samples, "backup_failing", labels, 0)
-            _set(samples, "backup_tracker_answered", labels, bool(record.tracker))
-            _set(samples, "backup_tracker_ready", labels, bool(record.checkpoints))
-            for tier in Tier:
-                _set(samples, "backup_tier", (*labels, tier.value), record.tier is tier)
-            _count(samples, "backup_successes_total", labels, 1)
-            _count(samples, "backup_failures_total", labels, 0)
-
-        self._change(change)
+        figures = statistics | {
+            "tier": record.tier.value,
+            "tracker": record.tracker,
+            "tracker_ready": bool(record.checkpoints),
+        }
+        self._change(lambda samples: _succeeded(samples, labels, figures))
 
     @hookimpl
     def blockferry_backup_failed(self, volume: str, repository: str, error: BaseException) -> None:
         """Note a backup that failed; one that is only to be tried again later did not."""
         labels = (volume, without_credentials(repository))
+        if not isinstance(error, NotNowError):
+            self._change(lambda samples: _failed(samples, labels))
+
+    @hookimpl
+    def blockferry_export_released(self, statistics: dict[str, Any], failed: bool) -> None:
+        """Note each volume and group of a job: that it went well, as far as is known here, or failed."""
 
         def change(samples: Samples) -> None:
-            _set(samples, "backup_last_failure_timestamp_seconds", labels, time.time())
-            _set(samples, "backup_failing", labels, 1)
-            _count(samples, "backup_failures_total", labels, 1)
-            _count(samples, "backup_successes_total", labels, 0)
+            for each in statistics["volumes"]:
+                labels = (each["name"], EXPORTED)
+                if failed or statistics["failure"]:
+                    _failed(samples, labels)
+                else:
+                    _succeeded(samples, labels, each | {"seconds": statistics["seconds"]})
 
-        if not isinstance(error, NotNowError):
-            self._change(change)
+        self._change(change)
 
     @hookimpl
     def blockferry_restore_progress(self, statistics: dict[str, Any], ended: bool) -> None:
@@ -137,6 +138,27 @@ class Metrics:
 def plugin(manager: pluggy.PluginManager) -> Metrics:
     """Return the plugin."""
     return Metrics(manager)
+
+
+def _succeeded(samples: Samples, labels: tuple[str, ...], figures: Mapping[str, Any]) -> None:
+    """Set all that is known of a backup that went well."""
+    _put(samples, labels, figures, _OF_BACKUPS)
+    _set(samples, "backup_last_success_timestamp_seconds", labels, time.time())
+    _set(samples, "backup_failing", labels, 0)
+    _set(samples, "backup_tracker_answered", labels, bool(figures["tracker"]))
+    _set(samples, "backup_tracker_ready", labels, figures["tracker_ready"])
+    for tier in Tier:
+        _set(samples, "backup_tier", (*labels, tier.value), figures["tier"] == tier.value)
+    _count(samples, "backup_successes_total", labels, 1)
+    _count(samples, "backup_failures_total", labels, 0)
+
+
+def _failed(samples: Samples, labels: tuple[str, ...]) -> None:
+    """Count a backup that failed."""
+    _set(samples, "backup_last_failure_timestamp_seconds", labels, time.time())
+    _set(samples, "backup_failing", labels, 1)
+    _count(samples, "backup_failures_total", labels, 1)
+    _count(samples, "backup_successes_total", labels, 0)
 
 
 def _put(samples: Samples, labels: tuple[str, ...], figures: Mapping[str, Any], named: Mapping[str, str]) -> None:

@@ -243,7 +243,8 @@ def detach(path: str) -> dict[str, Any]:
     """
     numbers = numbers_of(path)
     service.make_runtime_directory(protocol.KIND)
-    return service.start(["-m", "blockferry.changed.bpf.daemon", path], protocol.socket_path(numbers), name=path)
+    command = ["-m", "blockferry.changed.bpf.daemon", path]
+    return service.start(command, protocol.socket_path(numbers), name=path, credentials=False)
 
 
 def _answer_all(tracking: Tracking, listener: socket.socket) -> None:
