@@ -14,7 +14,8 @@ from pathlib import Path
 from commands_support import run
 
 BORGMATIC = Path(sys.executable).with_name("borgmatic")
-SECRET = "geheim-4711-Zebra"
+SECRET = f"geheim-4711-{os.getpid()}"
+"""No other's, of tests that run at the same time: one looks for it in every process."""
 FORMAT = "'{hostname}-{now:%Y-%m-%dT%H:%M:%S.%f}'"
 
 

@@ -89,6 +89,17 @@ def test_what_the_tool_s_own_rules_have_torn_is_found_and_not_built_on(depot: De
     assert whole not in listed(depot)
 
 
+@restic_first
+def test_a_volume_s_own_rules_are_applied_after_each_backup(depot: Depot, image: Path, tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"volumes: {{vm: {{path: {image}, keep_last: 2}}, other: {{path: {image}}}}}")
+    made = [
+        depot.ferry("backup", name, "--json", BLOCKFERRY_CONFIG=str(config)).json()["snapshot"]
+        for name in ("vm", "other", "vm", "vm")
+    ]
+    assert list(listed(depot)) == made[1:]
+
+
 @pytest.mark.thorough
 def test_a_broken_snapshot_keeps_no_place(depot: Depot, image: Path):
     *_bases, newer = parts_on_a_whole_one(depot, image)

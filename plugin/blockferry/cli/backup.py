@@ -12,18 +12,18 @@ from rich.filesize import decimal
 
 from blockferry.backup import Result, back_up
 from blockferry.cli import completion as complete
-from blockferry.cli.context import Context, json_option, repository_option
-from blockferry.cli.output import Bar, log
+from blockferry.cli.afterwards import remember, thin_out
+from blockferry.cli.context import Context, json_option, no_job_option, repository_option
+from blockferry.cli.output import Bar
 from blockferry.config.reference import is_foreign
 from blockferry.difference import LATEST, Choice
-from blockferry.errors import BlockferryError, UsageError
+from blockferry.errors import UsageError
 from blockferry.forecast import Forecast, forecast
 from blockferry.hookspecs import FreezeOptions
 from blockferry.repository import Repository
-from blockferry.volume import Volume, default_name
+from blockferry.volume import Volume
 
 if TYPE_CHECKING:
-    from blockferry.cluster.backup import SharedResult
     from blockferry.groups.definition import Group
 
 
@@ -58,11 +58,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Store nothing: say what would be read, and why not less.")
 @click.option("--plan", "picture", is_flag=True, help="Like --dry-run, and show it as a picture of the volume.")
-@click.option(
-    "--no-job",
-    is_flag=True,
-    help="Without the hooks, monitoring and retention of the tool whose file names the repository.",
-)
+@no_job_option
 @json_option
 @click.pass_obj
 def backup(
@@ -109,41 +105,31 @@ def backup(
     if group:
         _groups().back_up_one(context, group, reference, since, job=not no_job)
         return
-    configured = None if "/" in volume else context.configuration.volumes.get(volume)
-    if configured:
-        volume, name, reference = configured.path, name or volume, reference or configured.repository
+    meant = context.volume(volume, name, reference)
     freeze = FreezeOptions(fsfreeze_seconds=fsfreeze, allow_live=allow_live)
     choice = Choice(since=since, tracker=tracker, incremental=incremental, sample=sample)
     if dry_run:
-        with context.repository(reference) as repository:
-            found = Volume.discover(volume, name)
+        with context.repository(meant.repository) as repository:
+            found = Volume.discover(meant.path, meant.name)
             foreseen = forecast(context.manager, found, repository, freeze=freeze, choice=choice)
         _tell(context, foreseen, picture=picture)
         return
-    if incremental and not no_job and is_foreign(context.reference(reference)):
+    if incremental and not no_job and is_foreign(context.reference(meant.repository)):
         raise UsageError(
             "--incremental: the tool whose file names the repository would remove what the part lies on",
             remedy="Leave it out: what did not change is not stored anew; or say --no-job.",
         )
 
     def store(repository: Repository) -> Result:
-        found = Volume.discover(volume, name)
+        found = Volume.discover(meant.path, meant.name)
         made = back_up(context.manager, found, repository, freeze=freeze, choice=choice, progress=context.output)
         remember(context, repository.reference, made)
+        thin_out(context, repository, found.name, meant.keep)
         return made
 
-    result = context.back_up(reference, name or default_name(volume), store, job=not no_job)
+    result = context.back_up(meant.repository, meant.name, store, job=not no_job)
     context.output.result(result.as_json(), lambda: _sentence(result))
     context.complain()
-
-
-def remember(context: Context, reference: str, result: Result | SharedResult) -> None:
-    """Put a snapshot into the catalog; a catalog that cannot be written costs nothing but itself."""
-    try:
-        with context.catalog() as catalog:
-            catalog.add(reference, result.snapshot, result.record, result.as_json())
-    except BlockferryError as error:
-        log.warning("%s", error)
 
 
 def _sentence(result: Result) -> str:

@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from blockferry import chain as chains
 from blockferry import merge as road
 from blockferry.cli import completion as complete
+from blockferry.cli.afterwards import forget
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
 from blockferry.cli.output import log
 from blockferry.errors import BlockferryError
@@ -100,10 +101,6 @@ def delete(context: Context, snapshots: tuple[str, ...], reference: str | None, 
         named = [find(listed, name, shares=True) for name in snapshots]
         victims = list({each.id: each for each in named}.values())
         chains.delete(repository, victims)
-        try:
-            with context.catalog() as catalog:
-                catalog.remove(repository.reference, victims)
-        except BlockferryError as error:
-            log.warning("%s", error)
+        forget(context, repository.reference, victims)
     gone = [each.id for each in victims]
     context.output.result({"version": 1, "deleted": gone}, lambda: f"deleted: {', '.join(gone)}")

@@ -11,8 +11,8 @@ import click
 from rich.filesize import decimal
 
 from blockferry.cli import completion as complete
-from blockferry.cli.backup import remember
-from blockferry.cli.context import Context, index_option, json_option, repository_option
+from blockferry.cli.afterwards import remember, thin_out
+from blockferry.cli.context import Context, index_option, json_option, no_job_option, repository_option
 from blockferry.cli.output import Listing
 from blockferry.cluster import copying, engines
 from blockferry.cluster.backup import SharedResult, back_up_shared
@@ -20,8 +20,10 @@ from blockferry.cluster.coordinator import hosts_of, progress_of, unguarded_host
 from blockferry.cluster.engines import Engine
 from blockferry.cluster.epoch import device_key
 from blockferry.errors import UsageError
+from blockferry.joined import JoinedRepository
 from blockferry.manager import log_index_named
-from blockferry.volume import Volume, default_name
+from blockferry.repository import Repository
+from blockferry.volume import Volume
 
 
 @click.group()
@@ -46,6 +48,7 @@ def cluster() -> None:
     "--processes", type=click.IntRange(min=1), default=1, help="Of the local engine: copy with so many at a time."
 )
 @click.option("--log-repo", metavar="REF", help="Store the before-images in this repository; else beside the copy.")
+@no_job_option
 @json_option
 @click.pass_obj
 def backup(
@@ -58,6 +61,7 @@ def backup(
     engine: str,
     processes: int,
     log_repo: str | None,
+    no_job: bool,
 ) -> None:
     """Store VOLUME, in front of which every host that writes to it has a guard, as it is at one instant.
 
@@ -65,25 +69,32 @@ def backup(
     Example:
       blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup
     """
-    named = name or default_name(volume)
-    with contextlib.ExitStack() as opened:
-        logs = opened.enter_context(context.backing_up(named, log_repo or reference))
-        repository = opened.enter_context(context.repository(reference)) if log_repo else logs
-        found = Volume.discover(volume, named)
-        copying.PATHS[found.name] = found.path
-        shared_index = opened.enter_context(contextlib.closing(log_index_named(context.manager, index)))
-        chosen = opened.enter_context(_engine(engine, processes, found.name))
-        result = back_up_shared(
-            context.manager,
-            found,
-            (repository, logs),
-            shared_index,
-            hosts=hosts,
-            engine=chosen,
-            progress=context.output,
-        )
-        remember(context, logs.reference, result)
+    meant = context.volume(volume, name, reference)
+
+    def store(repository: Repository) -> SharedResult:
+        with contextlib.ExitStack() as opened:
+            logs = opened.enter_context(context.repository(log_repo)) if log_repo else repository
+            found = Volume.discover(meant.path, meant.name)
+            copying.PATHS[found.name] = found.path
+            shared_index = opened.enter_context(contextlib.closing(log_index_named(context.manager, index)))
+            chosen = opened.enter_context(_engine(engine, processes, found.name))
+            made = back_up_shared(
+                context.manager,
+                found,
+                (repository, logs),
+                shared_index,
+                hosts=hosts,
+                engine=chosen,
+                progress=context.output,
+            )
+            remember(context, logs.reference, made)
+            both = JoinedRepository(repository, logs) if log_repo else repository
+            thin_out(context, both, found.name, meant.keep)
+            return made
+
+    result = context.back_up(meant.repository, meant.name, store, job=not no_job, known_as=log_repo)
     context.output.result(result.as_json(), lambda: _sentence(result))
+    context.complain()
 
 
 @contextlib.contextmanager

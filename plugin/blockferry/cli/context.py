@@ -14,7 +14,7 @@ import pluggy
 
 from blockferry.catalog import Catalog
 from blockferry.cli.output import Output
-from blockferry.config.configuration import Configuration, load_configuration
+from blockferry.config.configuration import Configuration, NamedVolume, load_configuration
 from blockferry.config.reference import absolute
 from blockferry.errors import BlockferryError, UsageError
 from blockferry.hookspecs import Job
@@ -23,7 +23,13 @@ from blockferry.manager import mask, plugin_manager, tell
 from blockferry.repository import Repository
 from blockferry.state import state_directory
 from blockferry.systemd import journal
+from blockferry.volume import default_name
 
+no_job_option = click.option(
+    "--no-job",
+    is_flag=True,
+    help="Without the hooks, monitoring and retention of the tool whose file names the repository.",
+)
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Result = TypeVar("Result")
 
@@ -57,6 +63,12 @@ class Context:
         """
         return absolute(reference or self.configuration.repository or reference_from_environment())
 
+    def volume(self, volume: str, name: str, reference: str | None) -> NamedVolume:
+        """Return the volume that a path or a name of the configuration means; what was said by options goes before."""
+        found = self.configuration.volumes.get(volume) if "/" not in volume else None
+        found = found or NamedVolume(default_name(volume), volume)
+        return dataclasses.replace(found, name=name or found.name, repository=reference or found.repository)
+
     @contextlib.contextmanager
     def repository(self, reference: str | None, log_reference: str | None = None) -> Iterator[Repository]:
         """Open the repository that a reference, or else the configuration or the environment, names.
@@ -68,20 +80,26 @@ class Context:
             yield repository
 
     def back_up(
-        self, reference: str | None, volume: str, store: Callable[[Repository], Result], *, job: bool
+        self,
+        reference: str | None,
+        volume: str,
+        store: Callable[[Repository], Result],
+        *,
+        job: bool,
+        known_as: str | None = None,
     ) -> Result:
         """Make a backup in the repository that is named, within the job of the tool whose file names it, if one does.
 
         With `job` false by itself in any case. What goes wrong after the snapshot is stored is noted in `problems`;
-        plugins learn if there is none.
+        plugins learn if there is none, in that repository or the one that it is `known_as`.
         """
         named = self.reference(reference)
-        where = mask(named)
+        where = mask(self.reference(known_as)) if known_as else mask(named)
         journal.about(volume=volume)
 
         def noted(repository: Repository) -> Result:
             nonlocal where
-            where = repository.reference
+            where = where if known_as else repository.reference
             return store(repository)
 
         try:
@@ -103,19 +121,6 @@ class Context:
         """Raise the first of the problems, once the results are told."""
         if self.problems:
             raise self.problems[0]
-
-    @contextlib.contextmanager
-    def backing_up(self, volume: str, reference: str | None) -> Iterator[Repository]:
-        """Open a repository as `repository` does, for the backup of that volume; plugins learn if it fails."""
-        journal.about(volume=volume)
-        where = mask(self.reference(reference))
-        try:
-            with self.repository(reference) as repository:
-                where = repository.reference
-                yield repository
-        except BaseException as error:
-            self.tell_failure(volume, where, error)
-            raise
 
     def tell_failure(self, volume: str, repository: str, error: BaseException) -> None:
         """Tell plugins of a backup that failed; `repository` without credentials."""

@@ -12,9 +12,8 @@ import click
 from rich.filesize import decimal
 
 from blockferry.cli import completion as complete
-from blockferry.cli.backup import remember
+from blockferry.cli.afterwards import remember, thin_out
 from blockferry.cli.context import Context, json_option
-from blockferry.cli.output import log
 from blockferry.config.reference import is_foreign
 from blockferry.errors import BlockferryError, PartialError
 from blockferry.extents import ExtentSet
@@ -30,7 +29,6 @@ from blockferry.groups.table import BESIDE
 from blockferry.groups.walk import Walker
 from blockferry.manager import mask, repository_named
 from blockferry.repository import Repository
-from blockferry.retention import carry_out, look_over
 
 _MOST_SHOWN = 20
 
@@ -128,17 +126,8 @@ def _stored(context: Context, wanted: Sequence[tuple[Group, Repository]], since:
         )
         remember(context, repository.reference, stored)
         record_run(group.name, began, ok=True)
-        _thin_out(group, repository)
+        thin_out(context, repository, group.name, group.keep)
         yield result
-
-
-def _thin_out(group: Group, repository: Repository) -> None:
-    """Remove the snapshots of a group that its rules do not keep; a failure costs space, not the backup."""
-    try:
-        if group.keep and (gone := carry_out(repository, look_over(repository, group.name, group.keep))):
-            log.info("%s: removed %s", group.name, ", ".join(each.id for each in gone))
-    except BlockferryError as error:
-        log.warning("%s: old snapshots are still there: %s", group.name, error)
 
 
 def _by_filesystem(groups: Sequence[Group]) -> list[list[Group]]:

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
+from blockferry.cli.afterwards import forget
 from blockferry.cli.context import Context, json_option, log_repository_option, repository_option
-from blockferry.cli.output import Listing, log
-from blockferry.errors import BlockferryError, UsageError
+from blockferry.cli.output import Listing
+from blockferry.errors import UsageError
 from blockferry.retention import KEEPS, carry_out, look_over
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -69,11 +70,7 @@ def prune(
             gone = [*pruning.go, *pruning.left_over]
             if not dry_run:
                 gone = carry_out(repository, pruning, remove_broken=remove_broken)
-                try:
-                    with context.catalog() as catalog:
-                        catalog.remove(repository.reference, gone)
-                except BlockferryError as error:
-                    log.warning("%s", error)
+                forget(context, repository.reference, gone)
             told.append(
                 {
                     "volume": volume,

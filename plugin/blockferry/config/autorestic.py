@@ -15,7 +15,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -24,19 +24,19 @@ import pluggy
 
 from blockferry.config.configuration import Configuration
 from blockferry.config.dotenv import read_environment
-from blockferry.config.own import KEYS, understand
+from blockferry.config.foreign import ForeignTool
+from blockferry.config.own import KEYS
 from blockferry.config.reference import ForeignReference
+from blockferry.config.restic_job import open_restic
 from blockferry.config.resticprofile import expand, home, options_of, text
 from blockferry.config.section import nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import UsageError
-from blockferry.hookspecs import Job, hookimpl
-from blockferry.manager import repository_named
+from blockferry.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from blockferry.repository import Repository
 
-TOOL = "autorestic"
 _OURS = ("extras", "blockferry")
 _SHAPE = frozenset({"backends", "locations"})
 _NAMED_BY_TYPE = ("b2", "azure", "gs", "s3", "sftp", "rclone")
@@ -102,11 +102,10 @@ class Backend:
         return f"{scheme}{separator}{who}@{place.rpartition('@')[2] if '@' in place.split('/')[0] else place}"
 
 
-class Autorestic:
+class Autorestic(ForeignTool):
     """The plugin."""
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
+    tool = "autorestic"
 
     @hookimpl
     def blockferry_load_config(self, path: str) -> Configuration | None:
@@ -114,39 +113,13 @@ class Autorestic:
         file = YamlFile(path)
         if not file.shape & _SHAPE or file.shape & set(KEYS):
             return None
-        extras = file.mapping.get("extras")
-        mapping = (extras.get(_OURS[1]) if isinstance(extras, Mapping) else None) or {}
-        if not isinstance(mapping, Mapping):
-            raise UsageError(
-                f"{file.place(*_OURS)}: is no mapping", remedy="Write volumes: and groups: below it, indented."
-            )
-        named = f"{TOOL}:{os.path.abspath(path)}" if len(_backends(file)) == 1 else ""  # noqa: PTH100
-        return understand(path, mapping, lambda *keys: file.below(*_OURS, *keys), repository=named)
+        extras = file.mapping.get(_OURS[0])
+        ours = extras.get(_OURS[1]) if isinstance(extras, Mapping) else None
+        return self.understand(file, _OURS, ours, len(_backends(file)))
 
-    @hookimpl
-    def blockferry_open_repository(self, reference: str, environment: Mapping[str, str]) -> Repository | None:
+    def open(self, named: ForeignReference, environment: Mapping[str, str]) -> Repository:
         """Open the repository of a backend; without a name, of the only one."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
-        backend = backend_of(named)
-        repository = repository_named(self._manager, "restic:", backend.environment(environment))
-        repository.named = str(named)
-        return repository
-
-    @hookimpl
-    def blockferry_run_as_job(
-        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
-    ) -> Job | None:
-        """Make the backup between the hooks of the location that is called like the volume, with its retention."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        from blockferry.config.autorestic_job import run_job  # noqa: PLC0415  # it needs this module
-
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
-        return run_job(self._manager, named, environment, volume, store)
+        return open_restic(self.manager, named, backend_of(named).environment(environment))
 
 
 def plugin(manager: pluggy.PluginManager) -> Autorestic:

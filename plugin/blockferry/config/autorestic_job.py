@@ -18,11 +18,9 @@ import pluggy
 
 from blockferry.config.autorestic import Backend, backend_of
 from blockferry.config.reference import ForeignReference
-from blockferry.config.restic_job import Commands, attempt, check_apart, forget
+from blockferry.config.restic_job import Commands, attempt, check_apart, forget, open_restic, outcome
 from blockferry.config.resticprofile import home, texts
-from blockferry.errors import PartialError
 from blockferry.hookspecs import Job
-from blockferry.manager import repository_named
 from blockferry.repository import Repository
 
 
@@ -55,8 +53,7 @@ def run_job(
     )
     made: list[object] = []
     told: dict[str, str] = {}
-    with contextlib.closing(repository_named(manager, "restic:", found)) as repository:
-        repository.named = str(named)
+    with contextlib.closing(open_restic(manager, named, found)) as repository:
 
         def hook(kind: str) -> Callable[[], None]:
             return lambda: commands.run(kind, texts(hooks.get(kind)), told)
@@ -71,14 +68,7 @@ def run_job(
         last = attempt([hook("failure" if failure else "success")])
         if not failure and not last and str(location.get("forget") or "no").lower() not in {"no", "false"}:
             last = attempt([lambda: forget(found, repository, volume, rules)])
-    problem = failure or last
-    if problem and not made:
-        raise problem
-    if problem:
-        return Job(
-            made[-1], PartialError(f"the snapshot is stored, but then: {problem.message}", remedy=problem.remedy)
-        )
-    return Job(made[-1])
+    return outcome(made, failure or last)
 
 
 def _location(backend: Backend, volume: str) -> tuple[str, Mapping[str, Any]]:

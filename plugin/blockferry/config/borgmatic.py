@@ -16,25 +16,25 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from blockferry.config import standing_in
 from blockferry.config.configuration import Configuration
-from blockferry.config.own import KEYS, understand
+from blockferry.config.foreign import ForeignTool
+from blockferry.config.own import KEYS
 from blockferry.config.reference import ForeignReference
 from blockferry.config.section import QUOTE, ConfigurationError, nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import BlockferryError, UsageError
-from blockferry.hookspecs import Job, hookimpl
+from blockferry.hookspecs import hookimpl
 from blockferry.manager import mask, repository_named
 
 if TYPE_CHECKING:
     from blockferry.repository import Repository
 
-TOOL = "borgmatic"
 _OURS = ("constants", "blockferry")
 _SHAPE = frozenset({"repositories", "source_directories", "location", "constants", "<<"})
 """A key of these at the top: a file of borgmatic's. `<<` includes another, which may have all of them."""
@@ -45,11 +45,10 @@ _COERCED = (
 )
 
 
-class Borgmatic:
+class Borgmatic(ForeignTool):
     """The plugin."""
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
+    tool = "borgmatic"
 
     @hookimpl
     def blockferry_load_config(self, path: str) -> Configuration | None:
@@ -58,43 +57,18 @@ class Borgmatic:
         if not file.shape & _SHAPE or file.shape & set(KEYS):
             return None
         shown = show(path)
-        repositories = repositories_of(shown)
-        named = f"{TOOL}:{os.path.abspath(path)}" if len(repositories) == 1 else ""  # noqa: PTH100
-        constants = shown.get("constants") or {}
-        mapping = constants.get(_OURS[1]) or {}
-        if not isinstance(mapping, Mapping):
-            raise UsageError(
-                f"{file.place(*_OURS)}: is no mapping", remedy="Write volumes: and groups: below it, indented."
-            )
+        ours = (shown.get(_OURS[0]) or {}).get(_OURS[1])
         try:
-            return understand(path, mapping, lambda *keys: file.below(*_OURS, *keys), repository=named)
+            return self.understand(file, _OURS, ours, len(repositories_of(shown)))
         except ConfigurationError as error:
             for each in (error, *error.others):
                 each.remedy = _COERCED if each.remedy == QUOTE else each.remedy
             raise
 
-    @hookimpl
-    def blockferry_open_repository(self, reference: str, environment: Mapping[str, str]) -> Repository | None:
+    def open(self, named: ForeignReference, environment: Mapping[str, str]) -> Repository:
         """Open a repository of a file of borgmatic's, by its label or path, else the only one."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
         location, told = resolve(named, environment)
-        return open_told(self._manager, named, location, told)
-
-    @hookimpl
-    def blockferry_run_as_job(
-        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
-    ) -> Job | None:
-        """Run borgmatic, with the backup in the place of its own."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        from blockferry.config.borgmatic_job import run_job  # noqa: PLC0415  # it needs this module
-
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
-        return run_job(self._manager, named, environment, volume, store)
+        return open_told(self.manager, named, location, told)
 
 
 def plugin(manager: pluggy.PluginManager) -> Borgmatic:

@@ -52,9 +52,9 @@ def _wrong(reference: str) -> BlockferryError | None:
         )
     try:
         named = ForeignReference.parse(reference)
-        if named and named.tool == borgmatic.TOOL:
+        if named and named.tool == borgmatic.Borgmatic.tool:
             borgmatic.choose(named, borgmatic.show(named.file))
-        elif named and named.tool == resticprofile.TOOL:
+        elif named and named.tool == resticprofile.Resticprofile.tool:
             resticprofile.profile_of(named).environment(os.environ)
         elif named:
             autorestic.backend_of(named).environment(os.environ)

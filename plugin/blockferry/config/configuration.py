@@ -27,6 +27,8 @@ class NamedVolume:
     """Where its filesystem is mounted, for the groups on it."""
     repository: str = ""
     """A reference; "" for wherever the command says."""
+    keep: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    """How many snapshots to keep: any of `blockferry.retention.KEEPS`."""
 
 
 @dataclasses.dataclass(frozen=True)

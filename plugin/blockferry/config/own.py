@@ -2,7 +2,7 @@
 
 repository: borg:/srv/borg
 volumes:
-  vm: {path: /srv/vm.img}
+  vm: {path: /srv/vm.img, keep_daily: 7}
 groups:
   small: {volume: /mnt/data, paths: [/mnt/data/mail], schedule: hourly, keep_daily: 7}
 """
@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 from blockferry.config.configuration import Configuration, NamedVolume
 from blockferry.config.section import ConfigurationError, Section, Where, nearest, raise_all
 from blockferry.config.yaml_file import YamlFile
-from blockferry.groups.definition import Group, check_name
+from blockferry.groups.definition import Group, check_name, rules_of
 from blockferry.hookspecs import hookimpl
+from blockferry.retention import KEEPS
 
 KEYS = ("repository", "volumes", "groups", "metrics")
-VOLUME_KEYS = ("path", "mount", "repository")
+VOLUME_KEYS = ("path", "mount", "repository", *KEEPS)
 
 Read = TypeVar("Read")
 Below = Callable[..., Where]
@@ -120,7 +121,8 @@ def _volume(mapping: Mapping[Any, Any], where: Where, name: Any, repository: str
     """Read one of the volumes."""
     section = Section(mapping, where, VOLUME_KEYS)
     check_name(name, section)
-    volume = NamedVolume(name, section.text("path"), section.text("mount"), section.text("repository") or repository)
+    to = section.text("repository") or repository
+    volume = NamedVolume(name, section.text("path"), section.text("mount"), to, rules_of(section))
     if not volume.path:
         raise section.wrong("", "has no path", "Write path: /dev/vg/data, for example.")
     return volume

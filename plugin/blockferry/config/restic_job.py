@@ -16,7 +16,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import quote
 
-from blockferry.errors import BlockferryError, RepositoryError, ToolMissingError, UsageError
+import pluggy
+
+from blockferry.config.reference import ForeignReference
+from blockferry.errors import BlockferryError, PartialError, RepositoryError, ToolMissingError, UsageError
+from blockferry.hookspecs import Job
+from blockferry.manager import repository_named
 from blockferry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -67,6 +72,22 @@ class Commands:
                     remedy="Run it by hand, and see what it says above.",
                     status=status,
                 )
+
+
+def open_restic(manager: pluggy.PluginManager, named: ForeignReference, environment: Mapping[str, str]) -> Repository:
+    """Open the restic repository that variables describe, known by the reference to where they come from."""
+    repository = repository_named(manager, "restic:", environment)
+    repository.named = str(named)
+    return repository
+
+
+def outcome(made: Sequence[object], failure: BlockferryError | None) -> Job:
+    """Return what a job came to that made these backups, and then failed, perhaps; raise that if it made none."""
+    if failure is None:
+        return Job(made[-1])
+    if not made:
+        raise failure
+    return Job(made[-1], PartialError(f"the snapshot is stored, but then: {failure.message}", remedy=failure.remedy))
 
 
 def restic(environment: Mapping[str, str], *words: str) -> None:

@@ -13,24 +13,23 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from blockferry.config.dotenv import read_environment
+from blockferry.config.foreign import ForeignTool
 from blockferry.config.reference import ForeignReference
+from blockferry.config.restic_job import open_restic
 from blockferry.config.section import nearest
 from blockferry.config.yaml_file import YamlFile
 from blockferry.errors import UsageError
-from blockferry.hookspecs import Job, hookimpl
-from blockferry.manager import repository_named
 
 if TYPE_CHECKING:
     from blockferry.repository import Repository
 
-TOOL = "resticprofile"
 _WAY_OUT = "Write what the profile has of its repository into a plain file of its own, and name that."
 _NO_PROFILES = frozenset({"global", "groups", "includes", "version", "$schema", "mixins", "profiles"})
 _PATHS = {
@@ -108,36 +107,14 @@ class Profile:
         return os.path.join(os.path.dirname(self.file), home(expand(name, known)))  # noqa: PTH120
 
 
-class Resticprofile:
+class Resticprofile(ForeignTool):
     """The plugin."""
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
+    tool = "resticprofile"
 
-    @hookimpl
-    def blockferry_open_repository(self, reference: str, environment: Mapping[str, str]) -> Repository | None:
+    def open(self, named: ForeignReference, environment: Mapping[str, str]) -> Repository:
         """Open the repository of a profile; without a name, of the one that is called default."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
-        profile = profile_of(named)
-        repository = repository_named(self._manager, "restic:", profile.environment(environment))
-        repository.named = str(named)
-        return repository
-
-    @hookimpl
-    def blockferry_run_as_job(
-        self, reference: str, environment: Mapping[str, str], volume: str, store: Callable[[Repository], object]
-    ) -> Job | None:
-        """Make the backup between the commands of a profile, with its tags, checks and retention."""
-        if not reference.startswith(f"{TOOL}:"):
-            return None
-        from blockferry.config.resticprofile_job import run_job  # noqa: PLC0415  # it needs this module
-
-        named = ForeignReference.parse(reference)
-        assert named  # noqa: S101  # it begins like one
-        return run_job(self._manager, named, environment, volume, store)
+        return open_restic(self.manager, named, profile_of(named).environment(environment))
 
 
 def plugin(manager: pluggy.PluginManager) -> Resticprofile:

@@ -19,11 +19,19 @@ from typing import Any
 import pluggy
 
 from blockferry.config.reference import ForeignReference
-from blockferry.config.restic_job import CommandError, Commands, attempt, check_apart, forget, restic
+from blockferry.config.restic_job import (
+    CommandError,
+    Commands,
+    attempt,
+    check_apart,
+    forget,
+    open_restic,
+    outcome,
+    restic,
+)
 from blockferry.config.resticprofile import Profile, home, options_of, profile_of, texts
-from blockferry.errors import BlockferryError, NotNowError, PartialError
+from blockferry.errors import BlockferryError, NotNowError
 from blockferry.hookspecs import Job
-from blockferry.manager import repository_named
 from blockferry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -52,9 +60,8 @@ def run_job(
     rules = options_of({key: value for key, value in retention.items() if key.startswith("keep-") or key == "prune"})
     with (
         _locked(profile, found),
-        contextlib.closing(repository_named(manager, "restic:", found)) as repository,
+        contextlib.closing(open_restic(manager, named, found)) as repository,
     ):
-        repository.named = str(named)
         made: list[object] = []
         steps: list[Callable[[], None]] = []
         if backup.get("check-before"):
@@ -67,12 +74,7 @@ def run_job(
         if backup.get("check-after"):
             steps.append(lambda: restic(found, "check"))
         failure = _between(profile, named, found, steps)
-    if failure and not made:
-        raise failure
-    problem = None
-    if failure:
-        problem = PartialError(f"the snapshot is stored, but then: {failure.message}", remedy=failure.remedy)
-    return Job(made[-1], problem)
+    return outcome(made, failure)
 
 
 def _between(

@@ -13,6 +13,9 @@ _REFERENCE = {
     "description": "Where to: borg:PATH-OR-URL, restic:PATH-OR-URL, borgmatic:FILE#LABEL, resticprofile:FILE#PROFILE "
     "or autorestic:FILE#BACKEND.",
 }
+_KEEPS = {
+    key: {"type": ["integer", "null"], "minimum": 0, "description": "How many snapshots to keep."} for key in KEEPS
+}
 
 
 def schema() -> dict[str, Any]:
@@ -53,14 +56,12 @@ def _volume() -> dict[str, Any]:
             "path": _text("What to back up: a device, an image file.") | {"type": "string", "minLength": 1},
             "mount": _text("Where its filesystem is mounted, for the groups on it."),
             "repository": _REFERENCE,
+            **_KEEPS,
         },
     }
 
 
 def _group() -> dict[str, Any]:
-    keeps = {
-        key: {"type": ["integer", "null"], "minimum": 0, "description": "How many snapshots to keep."} for key in KEEPS
-    }
     return {
         "type": "object",
         "additionalProperties": False,
@@ -74,7 +75,7 @@ def _group() -> dict[str, Any]:
             "exclude_caches": {"type": ["boolean", "null"], "description": "Leave out what says that it is a cache."},
             "schedule": _text("When, as systemd's OnCalendar: hourly, for example."),
             "repository": _REFERENCE,
-            **keeps,
+            **_KEEPS,
         },
     }
 

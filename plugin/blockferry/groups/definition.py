@@ -52,7 +52,7 @@ class Group:
         root = _path(section, "volume", section.text("volume"))
         patterns = section.texts("patterns")
         _check_patterns(section, root, patterns)
-        keep = {key: count for key in KEEPS if (count := section.count(key)) is not None}
+        keep = rules_of(section)
         return cls(
             name=name,
             root=root,
@@ -88,6 +88,11 @@ class Group:
             return cls.parse(record.text("name"), same | root_and_keep, "group")
         except UsageError as error:
             raise DamagedSnapshotError(f"the record does not describe its group: {error.message}") from None
+
+
+def rules_of(section: Section) -> dict[str, int]:
+    """Return which snapshots are to be kept, of what stands in a section."""
+    return {key: count for key in KEEPS if (count := section.count(key)) is not None}
 
 
 def check_name(name: object, section: Section) -> None:
