@@ -1,9 +1,10 @@
 """A further backup, after a little has changed: blockferry, the stock tool on the whole volume, and the floor.
 
 The volume is an image file, half of it in use, on an XFS filesystem, where the reflink tracker finds what changed.
-"Floor" is the stock tool storing a file of just the changed bytes: no backup of them by that tool can take less. All of
-one round back up the same change, each into its own repository, which holds the state before it. The stock tools take
-long and much the same each time: they run once a case.
+"Job" is the stock tool's own job, for which `export` shows the volume as segments. "Floor" is the stock tool storing a
+file of just the changed bytes: no backup of them by that tool can take less. All of one round back up the same change,
+each into its own repository, which holds the state before it. The stock tools take long and much the same each time:
+they run once a case.
 
 `size` makes the same change on volumes of 4, 16 and 64 GiB, whose other files are allocated and never written, and
 `nothing` makes none on one of 1 TiB with 50,000 files: there only blockferry runs.
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -96,6 +98,7 @@ def changes(report: measure.Report, root: Path, shared: Path, tool: str, options
     """Compare the contenders after changes of several kinds."""
     with volume(root, shared, tool, options.size * GIB, written=1.0) as place:
         back_up(place)
+        job(place)
         stock(place)
         for kind, (share, piece) in CHANGES.items():
             runs: dict[str, list[Run]] = {}
@@ -103,6 +106,7 @@ def changes(report: measure.Report, root: Path, shared: Path, tool: str, options
                 measure.say(f"{tool}, {kind}: round {number + 1} of {options.rounds}")
                 changed = change(place, int(share * place.size / 2), piece)
                 runs.setdefault("blockferry", []).append(back_up(place))
+                runs.setdefault("job", []).append(job(place))
                 if number == 0:
                     runs["stock"] = [stock(place)]
                 runs.setdefault("floor", []).append(floor(place, changed))
@@ -146,6 +150,29 @@ def back_up(place: Place) -> Run:
     said = json.loads(done.output)
     figures = {name: said[name] for name in ("bytes_changed", "bytes_read", "bytes_compared", "bytes_stored")}
     return dataclasses.replace(done, figures=figures)
+
+
+def job(place: Place) -> Run:
+    """Have the stock tool store what an export shows, as a job of its users does."""
+    repository = place.repository("job")
+    before = measure.size_of_tree(repository)
+    shown = place.root / "export"
+    stock = {
+        "borg": ["borg", "create", f"{repository}::{random.randrange(1 << 40)}", str(shown)],
+        "restic": ["restic", "backup", "--quiet", "--repo", str(repository), str(shown)],
+    }[place.tool]
+    export, store, release = map(
+        shlex.join,
+        (
+            [BLOCKFERRY, "--quiet", "export", str(place.image), "--at", str(shown)],
+            stock,
+            [BLOCKFERRY, "release", "--at", str(shown), "--json"],
+        ),
+    )
+    done = measure.run(["sh", "-ec", f"{export} >/dev/null; {store}; {release}"])
+    (released,) = json.loads(done.output)["released"]
+    stored = measure.size_of_tree(repository) - before
+    return dataclasses.replace(done, figures={"bytes_read": released["bytes_read"], "bytes_stored": stored})
 
 
 def stock(place: Place) -> Run:

@@ -20,8 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockferry.cluster import log as log_module
-from blockferry.cluster.log import LogLayer, edit
+from blockferry.cluster.log import LogLayer
 from blockferry.cluster.log_writer import LogWriter, make_room
 from blockferry.errors import LogError
 from blockferry.exception_store import image_places
@@ -117,9 +116,6 @@ def test_a_log_reads_as_what_was_appended_and_zeros(data: st.DataObject) -> None
             batch = data.draw(st.sampled_from([1, 2, 31, 32, 33, 64, 65]))
             model |= append(writer, left[:batch])
             left = left[batch:]
-            if data.draw(st.booleans(), "reopened"):
-                writer.close()
-                writer = LogWriter.reopen(path, size=size)
         writer.close()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.stat().st_size == int(image_places(len(model), len(model) + 1, chunk)[0]) * chunk
@@ -138,18 +134,16 @@ def test_a_log_reads_as_what_was_appended_and_zeros(data: st.DataObject) -> None
 def test_a_log_of_many_areas_is_read_whole(place: Path) -> None:
     size = 5000 * CHUNK
     numbers = random.Random(1).sample(range(5000), 3000)
-    model = write(place / "log", numbers[:2500], size=size)
-    with LogWriter.reopen(place / "log", size=size) as writer:
-        model |= append(writer, numbers[2500:])
+    with LogWriter(place / "log", chunk=CHUNK, size=size) as writer:
+        model = append(writer, numbers[:2500]) | append(writer, numbers[2500:])
     assert read(place / "log", size) == model
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 64])
 def test_the_next_area_is_there_before_the_last_pair_of_one(place: Path, count: int) -> None:
-    model = write(place / "log", list(range(count)))
-    assert read(place / "log") == model
-    with LogWriter.reopen(place / "log", size=SIZE) as writer:
-        assert writer.count == count
+    with LogWriter(place / "log", chunk=CHUNK, size=SIZE) as writer:
+        model = append(writer, list(range(count)))
+        assert read(place / "log") == model
         model |= append(writer, [100])
     assert read(place / "log") == model
 
@@ -243,9 +237,9 @@ def test_a_batch_that_cannot_be_meant_is_refused_and_the_log_goes_on(
             writer.append(np.array(numbers, np.int64), [memoryview(bytes(length)) for length in lengths])
         writer.append(np.empty(0, np.int64), [])
         model |= append(writer, [6, CHUNKS - 1])
+        with pytest.raises(ValueError, match="logged twice"):
+            append(writer, [6])
     assert read(place / "log") == model
-    with LogWriter.reopen(place / "log", size=SIZE) as writer, pytest.raises(ValueError, match="logged twice"):
-        append(writer, [6])
 
 
 def test_a_log_is_made_only_under_a_name_that_is_free(place: Path) -> None:
@@ -259,18 +253,6 @@ def test_a_log_is_made_only_under_a_name_that_is_free(place: Path) -> None:
             LogWriter(place / "other", chunk=chunk, size=SIZE)
     assert os.listdir(place) == ["log"]
     assert read(place / "log") == model
-
-
-def test_a_void_log_is_read_and_appended_to_no_more(place: Path) -> None:
-    with LogWriter(place / "log", chunk=CHUNK, size=SIZE) as writer:
-        append(writer, [5])
-        writer.invalidate()
-        with pytest.raises(LogError, match="void"):
-            append(writer, [6])
-    with pytest.raises(LogError, match="is void"):
-        LogLayer(place / "log", SIZE)
-    with pytest.raises(LogError, match="is void"):
-        LogWriter.reopen(place / "log", size=SIZE)
 
 
 def pair(index: int, old: int, new: int) -> tuple[int, bytes]:
@@ -309,8 +291,6 @@ def test_a_log_that_was_tampered_with_is_refused(place: Path, change: tuple[int,
         file.write(change[1])
     with pytest.raises(LogError, match=reason):
         LogLayer(place / "log", SIZE)
-    with pytest.raises(LogError, match=reason):
-        LogWriter.reopen(place / "log", size=SIZE)
 
 
 def test_a_log_of_a_smaller_volume_than_it_names_is_refused(place: Path) -> None:
@@ -328,12 +308,9 @@ def test_a_log_without_an_end_is_refused(place: Path) -> None:
 
 def test_what_is_no_file_with_a_log_is_refused(place: Path) -> None:
     (place / "empty").touch()
-    (place / "link").symlink_to("log")
     for name, reason in (("empty", "cut short"), ("none", "No such file"), (".", "Is a directory")):
         with pytest.raises(LogError, match=reason):
             LogLayer(place / name, SIZE)
-    with pytest.raises(LogError, match="cannot be opened"):
-        LogWriter.reopen(place / "link", size=SIZE)
 
 
 @given(changes=st.lists(st.tuples(st.integers(0, 2 * CHUNK - 1), st.integers(0, 255)), min_size=1, max_size=8))
@@ -349,21 +326,18 @@ def test_whatever_is_in_a_table_a_log_is_read_or_refused_in_words(changes: list[
             with LogLayer(path, SIZE) as layer:
                 assert layer.extents.end <= SIZE
                 content(layer)
-            LogWriter.reopen(path, size=SIZE).close()
         except LogError as error:
             assert str(path) in error.message
             assert error.remedy
 
 
-def test_a_log_of_the_kernel_with_holes_is_read_and_not_appended_to(place: Path) -> None:
+def test_a_log_of_the_kernel_with_holes_is_read(place: Path) -> None:
     model = write(place / "log", [5, 6, 7])
     with (place / "log").open("r+b") as file:
         file.seek(pair(1, 0, 0)[0])
         file.write(pair(1, 7, 4)[1] + bytes(16))  # chunk 6 was given a place, and never got its pair
     del model[6]
     assert read(place / "log") == model
-    with pytest.raises(LogError, match="holes"):
-        LogWriter.reopen(place / "log", size=SIZE)
 
 
 # -- what happens meanwhile --------------------------------------------------------------------------------------------
@@ -395,16 +369,15 @@ LEFT = sorted({*range(0, 6 * CHUNK, 67), *(end * CHUNK + byte for end in (4, 5) 
 
 # Before the end of an area, at one, and over one.
 @pytest.mark.parametrize("before", [3, 28, 30, 31, 32])
-def test_a_writer_killed_at_any_byte_leaves_a_log_that_goes_on(
+def test_a_writer_killed_at_any_byte_leaves_a_log_that_is_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
     path = place / "log"
-    model = write(path, list(range(before)))
-    start = path.read_bytes()
     batch = [140, 90, 141, 80]
     for left in LEFT:
-        path.write_bytes(start)
-        writer = LogWriter.reopen(path, size=SIZE)
+        path.unlink(missing_ok=True)
+        writer = LogWriter(path, chunk=CHUNK, size=SIZE)
+        model = append(writer, list(range(before)))
         with monkeypatch.context() as patch:
             kill_after(patch, left)
             try:
@@ -419,9 +392,6 @@ def test_a_writer_killed_at_any_byte_leaves_a_log_that_goes_on(
         writer.close()
         found = read(path)
         assert found == model | {number: image(number) for number in found if number >= before}
-        with LogWriter.reopen(path, size=SIZE) as writer:
-            more = append(writer, [number for number in [*batch, *range(100, 140)] if number not in found], 1)
-        assert read(path) == found | more
     else:
         pytest.fail("was never done")
 
@@ -434,8 +404,6 @@ def test_a_log_that_is_cut_at_any_byte_is_refused(place: Path, count: int) -> No
         (place / "cut").write_bytes(whole[:length])
         with pytest.raises(LogError):
             LogLayer(place / "cut", SIZE)
-        with pytest.raises(LogError):
-            LogWriter.reopen(place / "cut", size=SIZE)
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -444,11 +412,11 @@ def test_a_log_is_as_before_whichever_call_fails(
     place: Path, monkeypatch: pytest.MonkeyPatch, before: int, lasting: bool
 ) -> None:
     path = place / "log"
-    model = write(path, list(range(before)))
-    start = path.read_bytes()
     for number in range(3):
-        path.write_bytes(start)
-        writer = LogWriter.reopen(path, size=SIZE)
+        path.unlink(missing_ok=True)
+        writer = LogWriter(path, chunk=CHUNK, size=SIZE)
+        model = append(writer, list(range(before)))
+        start = path.read_bytes()
         with monkeypatch.context() as patch:
             fail(patch, number, lasting)
             with pytest.raises(LogError, match="cannot be written: Input/output error"):
@@ -461,7 +429,6 @@ def test_a_log_is_as_before_whichever_call_fails(
             assert found == model
             assert path.read_bytes() == start
         assert found == model | {number: image(number) for number in found if number >= before}
-        LogWriter.reopen(path, size=SIZE).close()
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, number: int, lasting: bool) -> None:
@@ -499,65 +466,13 @@ def test_a_full_disk_is_said_and_the_log_stays_as_it_was(tmp_path: Path) -> None
             assert read(path, size) == model
             with pytest.raises(LogError, match="takes no more"):
                 append(writer, [200])
-        with LogWriter.reopen(path, size=size) as writer:
-            model |= append(writer, [200])
         assert read(path, size) == model
-        (tmp_path / "filler").write_bytes(bytes(256 * 1024 - 4096 * 54))
+        (tmp_path / "filler").write_bytes(bytes(256 * 1024 - 4096 * 53))
         with pytest.raises(LogError, match="cannot be made: No space left"):
             LogWriter(tmp_path / "second", chunk=4096, size=size)
         assert sorted(os.listdir(tmp_path)) == ["filler", "log"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-# -- several logs made one ---------------------------------------------------------------------------------------------
-
-
-@given(owners=st.lists(st.sampled_from([None, 0, 1, 2]), max_size=CHUNKS), order=st.randoms(use_true_random=False))
-def test_logs_become_one_in_the_order_of_the_volume(owners: list[int | None], order: random.Random) -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_module, "EDITED", 5 * CHUNK)
-        logs, model = [], {}
-        for host in range(3):
-            numbers = [number for number, owner in enumerate(owners) if owner == host]
-            order.shuffle(numbers)
-            model |= write(Path(directory) / f"log-{host}", numbers, seed=host)
-            logs.append(LogLayer(Path(directory) / f"log-{host}", SIZE))
-        path = Path(directory) / "entire"
-        with LogWriter(path, chunk=CHUNK, size=SIZE) as writer:
-            edit(logs, writer)
-        for log in logs:
-            log.close()
-        assert read(path) == model
-        stored = path.read_bytes()
-        for place, number in zip(image_places(0, len(model), CHUNK).tolist(), sorted(model), strict=True):
-            assert stored[place * CHUNK :].startswith(model[number])
-
-
-def test_a_chunk_of_two_logs_is_an_error_and_nothing_is_written(place: Path) -> None:
-    write(place / "one", [1, 2, 3])
-    write(place / "two", [9, 3, 7])
-    with (
-        LogLayer(place / "one", SIZE) as one,
-        LogLayer(place / "two", SIZE) as two,
-        LogWriter(place / "entire", chunk=CHUNK, size=SIZE) as writer,
-    ):
-        with pytest.raises(LogError, match=r"one and .*two: both have chunk 3"):
-            edit([one, two], writer)
-        assert writer.count == 0
-
-
-@pytest.mark.parametrize(("chunk", "size"), [(1024, SIZE), (CHUNK, SIZE - 1)])
-def test_logs_of_other_chunks_or_another_volume_are_not_mixed(place: Path, chunk: int, size: int) -> None:
-    write(place / "one", [1])
-    write(place / "two", [9], chunk=chunk, size=size)
-    with (
-        LogLayer(place / "one", SIZE) as one,
-        LogLayer(place / "two", size) as two,
-        LogWriter(place / "entire", chunk=CHUNK, size=SIZE) as writer,
-        pytest.raises(LogError, match="another volume"),
-    ):
-        edit([one, two], writer)
 
 
 def test_a_log_is_made_over_room_and_over_an_older_log(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ the Nth place that is no area:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -21,11 +20,6 @@ from blockferry.exception_store import ExceptionStoreError, read_areas, read_hea
 from blockferry.extents import ExtentSet, Offsets
 from blockferry.layers import BaseLayer
 
-if TYPE_CHECKING:
-    from blockferry.cluster.log_writer import LogWriter
-
-EDITED = 16 << 20
-"""Bytes of images that are taken from logs at a time when they are made one."""
 MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one call reads or writes."""
 ANOTHER = "The backup that this log is of cannot be finished: begin another."
@@ -48,7 +42,7 @@ class LogLayer(BaseLayer):
         except OSError as error:
             raise LogError(f"{self.name}: cannot be opened: {error.strerror}", remedy=ANOTHER) from None
         try:
-            self.chunk, old, new = read_table(self._descriptor, self.name, size)
+            self.chunk, old, new = _read_table(self._descriptor, self.name, size)
         except BaseException:
             self.close()
             raise
@@ -73,11 +67,6 @@ class LogLayer(BaseLayer):
             if start < stop:
                 pieces.append((place * self.chunk + start - begin, buffer[start - offset : stop - offset]))
         self._read(pieces)
-
-    def read_images(self, chunks: Offsets, images: Sequence[memoryview]) -> None:
-        """Fill `images` with those of `chunks`, which were all logged, in the order of the log."""
-        places = self._places[np.searchsorted(self.chunks, chunks)]
-        self._read(list(zip((places * self.chunk).tolist(), images, strict=True)))
 
     def close(self) -> None:
         """Let go of the log. Closing twice is allowed."""
@@ -109,35 +98,7 @@ class LogLayer(BaseLayer):
             offset, pieces = offset + count, rest(pieces, count)
 
 
-def edit(logs: Sequence[LogLayer], writer: LogWriter) -> None:
-    """Gather what several hosts logged in one, in the order of the volume.
-
-    Raise LogError, before anything is written, if a chunk is in two logs, which claims make impossible, or the logs are
-    of volumes or chunks of different sizes; also if reading or writing fails: then the writer's log is not all.
-    """
-    for log in logs:
-        if (log.chunk, log.size) != (writer.chunk, writer.size):
-            raise LogError(f"{log.name}: has other chunks, or is of another volume, than the rest", remedy=ANOTHER)
-    chunks = np.concatenate([np.empty(0, np.int64), *(log.chunks for log in logs)])
-    owners = np.repeat(np.arange(len(logs)), [log.chunks.size for log in logs])
-    order = np.argsort(chunks, kind="stable")
-    chunks, owners = chunks[order], owners[order]
-    twice = np.flatnonzero(chunks[1:] == chunks[:-1])
-    if twice.size:
-        one, other = (logs[owner].name for owner in owners[twice[0] : twice[0] + 2])
-        raise LogError(f"{one} and {other}: both have chunk {chunks[twice[0]]}", remedy=ANOTHER)
-    room = max(1, EDITED // writer.chunk)
-    buffer = memoryview(bytearray(min(room, chunks.size) * writer.chunk))
-    for first in range(0, chunks.size, room):
-        some, whose = chunks[first : first + room], owners[first : first + room]
-        images = [buffer[index * writer.chunk :][: writer.length(number)] for index, number in enumerate(some.tolist())]
-        for owner in np.unique(whose).tolist():
-            mine = np.flatnonzero(whose == owner)
-            logs[owner].read_images(some[mine], [images[index] for index in mine.tolist()])
-        writer.append(some, images)
-
-
-def read_table(descriptor: int, name: Path | str, size: int) -> tuple[int, Offsets, Offsets]:
+def _read_table(descriptor: int, name: Path | str, size: int) -> tuple[int, Offsets, Offsets]:
     """Return the bytes of a chunk, and the pairs in the log's order; raise LogError if it is none of this volume."""
     try:
         chunk = read_header(descriptor)

@@ -16,11 +16,10 @@ from typing import Self
 
 import numpy as np
 
-from blockferry.cluster.log import ANOTHER, MOST_PIECES, read_table, rest
+from blockferry.cluster.log import ANOTHER, MOST_PIECES, rest
 from blockferry.errors import LogError
 from blockferry.exception_store import (
     EXCEPTION,
-    VALID_AT,
     area_place,
     exceptions_per_area,
     header,
@@ -62,44 +61,15 @@ class LogWriter:
             os.close(descriptor)
             path.unlink()
             raise LogError(f"{path}: cannot be made: {error.strerror}", remedy=_ROOM) from None
-        self._take(descriptor, path, chunk, size, np.empty(0, np.int64))
-
-    @classmethod
-    def reopen(cls, path: Path, *, size: int) -> Self:
-        """Go on with a log whose writer was killed: after its last pair, whatever lies beyond.
-
-        Raise LogError for one that is void, torn, or was not written by `append`.
-        """
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise LogError(f"{path}: cannot be opened: {error.strerror}", remedy=ANOTHER) from None
-        try:
-            chunk, old, new = read_table(descriptor, path, size)
-            if not np.array_equal(new, image_places(0, new.size, chunk)):
-                raise LogError(f"{path}: has holes, as only the kernel leaves them", remedy=ANOTHER)
-            writer = cls.__new__(cls)
-            writer._take(descriptor, path, chunk, size, old)
-            writer._cut()
-        except OSError as error:
-            os.close(descriptor)
-            raise LogError(f"{path}: cannot be written: {error.strerror}", remedy=_ROOM) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return writer
-
-    def _take(self, descriptor: int, path: Path, chunk: int, size: int, old: Offsets) -> None:
         self.path = path
         self.chunk = chunk
         self.size = size
-        self.count = old.size
+        self.count = 0
         """Images in the log."""
         self._descriptor = descriptor
         self._direct = _opened_directly(path)
         self._usable = True
         self._logged = np.zeros(-(-size // chunk), np.bool_)
-        self._logged[old] = True
 
     def append(self, chunks: Offsets, images: Sequence[memoryview]) -> None:
         """Add the images of chunks, given by their numbers, in any order; they are durable when this returns.
@@ -116,7 +86,7 @@ class LogWriter:
         """
         self._check(chunks, images)
         if not self._usable:
-            raise LogError(f"{self.path}: takes no more: it is void, or writing to it failed", remedy=ANOTHER)
+            raise LogError(f"{self.path}: takes no more: writing to it failed", remedy=ANOTHER)
         if not len(chunks):
             return
         self._usable = False
@@ -138,15 +108,6 @@ class LogWriter:
     def length(self, number: int) -> int:
         """Return the bytes of a chunk of the volume."""
         return min(self.chunk, self.size - number * self.chunk)
-
-    def invalidate(self) -> None:
-        """Make the log void, durably: no one reads it from now on. Raise LogError if it cannot be written."""
-        self._usable = False
-        try:
-            _write(self._descriptor, [memoryview(bytes(4))], VALID_AT)
-            os.fdatasync(self._descriptor)
-        except OSError as error:
-            raise LogError(f"{self.path}: cannot be made void: {error.strerror}", remedy="Remove the file.") from None
 
     def close(self) -> None:
         """Let go of the file. Closing twice is allowed."""
