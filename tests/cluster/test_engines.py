@@ -12,19 +12,12 @@ import pytest
 
 import cluster_load
 from cluster_dask_support import Scheduler, Workers
-from cluster_hosts_support import MIB, VOLUME, SharingHost, instant_of, sharing, writes_of
-from cluster_support import running_redis
+from cluster_hosts_support import MIB, VOLUME, SharingHost, instant_of, writes_of
 from commands_support import Depot, new_depot
 
 pytestmark = pytest.mark.root
 
 SIZE = 48 * MIB
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, volume: str) -> Iterator[list[SharingHost]]:
-    with running_redis() as redis, sharing(2, tmp_path, volume, redis.reference) as made:
-        yield made
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,25 +12,13 @@ import pytest
 from blockferry.cluster.epoch import HELD, Report, epoch_key
 from blockferry.cluster.index import LogIndex
 from cluster_faults_support import ROUNDS, SLOW, THOROUGH, Trouble, standing, wait_for_report
-from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
-from cluster_support import RedisServer, open_index
+from cluster_hosts_support import MIB, VOLUME, SharingHost, wait_until
+from cluster_support import RedisServer
 from commands_support import new_depot
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 60 * ROUNDS)]
 
 SIZE = 12 * MIB
-
-
-@pytest.fixture
-def index(redis: RedisServer) -> Iterator[LogIndex]:
-    with contextlib.closing(open_index(redis.reference)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, volume: str, redis: RedisServer) -> Iterator[list[SharingHost]]:
-    with sharing(2, tmp_path, volume, redis.reference) as made:
-        yield made
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,8 @@ import pytest
 from blockferry.cluster.epoch import HEARD_OF, Report
 from blockferry.cluster.index import LogIndex
 from cluster_faults_support import ROUNDS, THOROUGH, Trouble, wait_for_report
-from cluster_hosts_support import MIB, VOLUME, SharingHost, sharing, wait_until
-from cluster_support import RedisServer, open_index
+from cluster_hosts_support import MIB, VOLUME, SharingHost, wait_until
+from cluster_support import RedisServer
 from commands_support import Depot, locked, new_depot, run
 from conftest import Attach, Mount
 
@@ -22,18 +22,6 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 60 * ROUNDS)]
 
 SIZE = 12 * MIB
 Small = Callable[[int], Path]
-
-
-@pytest.fixture
-def index(redis: RedisServer) -> Iterator[LogIndex]:
-    with contextlib.closing(open_index(redis.reference)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, volume: str, redis: RedisServer) -> Iterator[list[SharingHost]]:
-    with sharing(2, tmp_path, volume, redis.reference) as made:
-        yield made
 
 
 @pytest.fixture
