@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from commands_support import Depot, Done, new_depot
-from export_support import MIB, Host, job
+from commands_support import PASSPHRASE, Depot, Done, new_depot
+from export_support import MIB, SEGMENT, Host, job
 
 pytestmark = pytest.mark.root
 
@@ -174,3 +174,56 @@ def test_a_snippet_names_the_directory_and_the_options_wherever_they_are_needed(
     assert all(" release " in each for each in releases)
     assert len(releases) == (2 if tool == "autorestic" else 1)
     configured.ferry("config", "generate", tool, "hmoe").refused(2, "did you mean home")
+
+
+@pytest.fixture(scope="module")
+def resticprofile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one resticprofile that a registry of packages has: the first, in Python, with hooks before and after."""
+    place = tmp_path_factory.mktemp("resticprofile") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    words = [place / "bin" / "pip", "install", "--quiet", "resticprofile==0.5.2"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"resticprofile cannot be had: {done.stderr[-200:]}")
+    return place / "bin" / "resticprofile"
+
+
+@pytest.mark.thorough
+def test_a_real_resticprofile_runs_the_job_and_what_it_stored_comes_back(
+    configured: Host, volume: Path, resticprofile: Path, tmp_path: Path
+) -> None:
+    depot, password = new_depot("restic", tmp_path / "repository"), tmp_path / "password"
+    password.write_text(PASSPHRASE)
+    snippet = pasted(configured, "resticprofile", "home")["default"]["backup"]
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text(
+        f'[default]\nrepository = "{depot.path}"\npassword-file = "{password}"\n[default.backup]\n'
+        f"run-before = {json.dumps(snippet['run-before'])}\n"
+        f"run-after = {json.dumps([f'{each} --json >{tmp_path}/said' for each in snippet['run-finally']])}\n"
+        f"source = {json.dumps(snippet['source'])}\n"
+        "[default.retention]\nafter-backup = true\nkeep-last = 1\nprune = true\n"
+    )
+
+    def run() -> int:
+        """Run the job; return how much it read."""
+        words = [resticprofile, "--no-ansi", "--quiet", "--config", profiles, "backup"]
+        done = subprocess.run(words, env=os.environ | configured.env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (released,) = json.loads((tmp_path / "said").read_text())["released"]
+        return int(released["bytes_read"])
+
+    assert run() > 48 * MIB
+    with volume.open("r+b") as file:
+        file.seek(40 * MIB)
+        file.write(os.urandom(MIB))
+    assert run() == SEGMENT
+    (kept,) = depot.archives()
+    depot.stock("restore", kept, "--target", tmp_path / "back")
+    found = next((tmp_path / "back").rglob("home.json")).parent
+    configured.ferry("restore", "latest", tmp_path / "home.img", "--repo", f"dir:{found}", "--json").json()
+    configured.ferry("verify", "latest", "--against", volume, "--repo", f"dir:{found}", "--json").json()
+    # The same file, read for its repository; as its job it would export the volume first, and then find it in use.
+    reference = f"resticprofile:{profiles}"
+    configured.ferry("backup", volume, "--repo", reference, "--no-job", "--json").json()
+    assert len(configured.ferry("snapshots", "--repo", reference, "--json").json()["snapshots"]) == 1
+    assert len(depot.archives()) == 2
