@@ -70,6 +70,7 @@ def stored_set(reference: str) -> str:
         return make_set(repository, volume, used, [used], {}, record).snapshot.id
 
 
+@pytest.mark.thorough
 def test_tracking_by_bpftrace(host: Path, depot: Depot, files: Path, attach: Attach) -> None:
     if reason := why_no_bpftrace():
         pytest.skip(reason)

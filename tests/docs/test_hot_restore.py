@@ -92,10 +92,10 @@ def test_only_looking(host: Path, depot: Depot) -> None:
 
 def test_another_host_has_certificates_and_copies_the_disk(host: Path, depot: Depot, disk: Path) -> None:
     page = Page("hot-restore-hosts.md")
-    authority, server, client, copy = page.blocks()
+    authority, server, client, _by_qemu, copy = page.blocks()  # that by QEMU is run where there is NBD: tests/vm
     tls, place = host / "tls", f"127.0.0.1:{free_port()}"
     run_shell(authority + server + client, {"/etc/blockferry/tls": tls, "10.0.0.5": "127.0.0.1"})
-    session, _nbd_client, by_qemu, *_ = [block for block in blocks_of(page.name) if block.language == "text"]
+    session, _nbd_client = [block for block in blocks_of(page.name) if block.language == "text"]
     places = {
         "/dev/sdb": disk,
         "borg:ssh://nas/./volumes": depot.reference,
@@ -110,10 +110,6 @@ def test_another_host_has_certificates_and_copies_the_disk(host: Path, depot: De
     here = f"cd {host}\n"
     run_shell(here + copy, {"10.0.0.5:10809": place})
     run("e2fsck", "-fn", host / "disk.img")
-    (options,) = [line for line in by_qemu.lines() if line.startswith("qemu-nbd --connect")]
-    port = place.rpartition(":")[2]
-    looks = {"qemu-nbd --connect=/dev/nbd0 --read-only": "qemu-img info", "10.0.0.5": "127.0.0.1", "10809": port}
-    assert "virtual size: 48 MiB" in run_shell(here + options, looks)
 
 
 def free_port() -> int:

@@ -1,0 +1,37 @@
+"""Another host has a restored volume as a block device, by NBD with TLS, as docs/hot-restore-hosts.md has it typed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from commands_support import blockferry, new_depot, run
+from pages_support import Page, run_shell
+
+pytestmark = pytest.mark.root
+
+PORT = "10809"
+
+
+def test_qemu_shows_the_disk_as_a_device(tmp_path: Path) -> None:
+    authority, server, client, by_qemu, _copy = Page("hot-restore-hosts.md").blocks()
+    files, tls = tmp_path / "files", tmp_path / "tls"
+    for each in (files, tmp_path / "mnt"):
+        each.mkdir()
+    (files / "letter").write_text("dear")
+    run("truncate", "-s", "16M", tmp_path / "volume.img")
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", files, tmp_path / "volume.img")
+    depot = new_depot("borg", tmp_path / "repository")
+    assert depot.ferry("backup", tmp_path / "volume.img").code == 0
+    run_shell(authority + server + client, {"/etc/blockferry/tls": tls, "10.0.0.5": "127.0.0.1"})
+    assert depot.ferry("attach", "latest", tmp_path / "new.img", "--name", "mail").code == 0
+    try:
+        served = blockferry("serve", "mail", "--listen", f"127.0.0.1:{PORT}", "--tls", tls)
+        assert served.code == 0, served.err
+        places = {"10.0.0.5": "127.0.0.1", "/mnt": tmp_path / "mnt"}
+        assert "letter\n" in run_shell(f"cd {tmp_path}\n{by_qemu}", places)
+    finally:
+        subprocess.run(["qemu-nbd", "--disconnect", "/dev/nbd0"], check=False, capture_output=True)
+        blockferry("detach", "mail", "--force", "--forget")
