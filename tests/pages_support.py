@@ -33,7 +33,7 @@ RUN = ("sh", "python", "console")
 SHOWN = ("text", "")
 BEFORE = r"""^|[;|&(!]|\bif |\bdo |\w=\S+ |=["'].*["'] |# |root |- """
 """What a command may follow in a shell; and a prompt, the user in a crontab, the dash of a list in YAML."""
-PROGRAM = re.compile(rf"(?:{BEFORE})\s*(?:/usr/bin/)?blockferry (?=\S)(.*)")
+PROGRAM = re.compile(rf"(?:{BEFORE})\s*(?:/usr/bin/)?blockferry (?=(\S.*))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Block:
     def command_lines(self) -> Iterator[list[str]]:
         """Yield the words of each command line, behind `blockferry`."""
         for line in self.lines():
-            found = PROGRAM.search(re.split(r" {3,}", line.strip())[0])
-            if found:
-                yield words_of(found[1])
+            yield from map(words_of, PROGRAM.findall(re.split(r" {3,}", line.strip())[0]))
 
 
 class Page:
