@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster_dask_support import COUNT
 from cluster_support import PROGRAMS, make_authority, make_certificate
-from commands_support import Done, blockferry, new_depot, run
-from conftest import Attach, Mount
-from pages_support import Block, Page, blocks_of, with_places
+from commands_support import new_depot, run
+from conftest import Attach
+from pages_support import Block, blocks_of, with_places
 from udev_support import wait_for
 
 GENERATOR = "/usr/lib/systemd/system-generators/systemd-fstab-generator"
 AS_HOST = ["unshare", "--uts", "sh", "-ec", 'hostname "$0"; exec "$@"']
-VOLUMES = Page("shared-volumes.md")
 
 
 def shown(page: str, beginning: str) -> list[Block]:
@@ -71,9 +75,39 @@ def is_listened_to(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Hosts that are one machine, each with a name, a state and sockets of its own."""
+
+    home: Path
+    environment: dict[str, str]
+    places: dict[str, object]
+
+    def command(self, name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Return what runs a command of the page on a host, with real places, and in which environment."""
+        own = {"BLOCKFERRY_STATE_DIR": str(self.home / name), "BLOCKFERRY_RUNTIME_DIR": str(self.home / f"{name}-run")}
+        line = shlex.join(words)
+        named = {example: real for example, real in self.places.items() if example in line}
+        return [*AS_HOST, name, *shlex.split(with_places(line, named))], os.environ | self.environment | own
+
+    def on(self, name: str, words: list[str]) -> str:
+        command, environment = self.command(name, ["blockferry", *words])
+        return run(*command, env=environment)
+
+    @contextlib.contextmanager
+    def running(self, name: str, words: list[str]) -> Iterator[None]:
+        command, environment = self.command(name, words)
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+            try:
+                yield
+            finally:
+                process.terminate()
+
+
 @pytest.mark.root
+@pytest.mark.parametrize("engine", ["", pytest.param("dask", marks=pytest.mark.thorough)])
 def test_two_hosts_back_up_what_they_share(
-    host: Path, files: Path, index: dict[str, str], attach: Attach, mount: Mount
+    host: Path, files: Path, index: dict[str, str], attach: Attach, engine: str
 ) -> None:
     """The one mounts it, for there is no filesystem here that both could mount."""
     depot = new_depot("restic", host / "repository")
@@ -82,29 +116,42 @@ def test_two_hosts_back_up_what_they_share(
     volume = Path(index.pop("VOLUME"))
     volume.parent.mkdir()
     volume.symlink_to(attach(host / "shared.img"))
-    places = {"/dev/mapper/lun0": volume, "restic:sftp:nas:/volumes": depot.reference}
-
-    def on(name: str, words: list[str]) -> Done:
-        own = {"BLOCKFERRY_STATE_DIR": str(host / name), "BLOCKFERRY_RUNTIME_DIR": str(host / f"{name}-run")}
-        line = shlex.join(words)
-        words = shlex.split(with_places(line, {each: places[each] for each in places if each in line}))
-        return blockferry(*words, env=index | depot.env | own, prefix=[*AS_HOST, name])
-
-    session, _with_dask = shown("shared-volumes.md", "host a")
+    hosts = Hosts(host, index | depot.env, {"/dev/mapper/lun0": volume, "restic:sftp:nas:/volumes": depot.reference})
+    session, with_dask = shown("shared-volumes.md", "host a")
     start_on_a, back_up, start_on_b = session.command_lines()
     try:
-        for name, words in (("a", start_on_a), ("b", start_on_b)):
-            assert (done := on(name, words)).code == 0, done.err
-        disk = host / "a-run" / "guard" / "lun0.disk"
-        assert "# mount /run/blockferry/guard/lun0.disk /srv" in VOLUMES.text
-        (mount(disk) / "more").write_text("more")
-        assert (done := on("a", back_up)).code == 0, done.err
-        assert "2 hosts" in done.out
+        hosts.on("a", start_on_a)
+        hosts.on("b", start_on_b)
+        assert "# mount /run/blockferry/guard/lun0.disk /srv" in session.text
+        run("mount", host / "a-run" / "guard" / "lun0.disk", host / "mnt")
+        (host / "mnt" / "more").write_text("more")
+        said = copied_by_dask(hosts, with_dask) if engine else hosts.on("a", back_up)
+        assert "2 hosts" in said
     finally:
+        subprocess.run(["umount", str(host / "mnt")], check=False)
         for name in ("a", "b"):
-            on(name, ["guard", "stop", "lun0", "--force"])
+            hosts.on(name, ["guard", "stop", "lun0", "--force"])
     depot.ferry("restore", "latest", host / "back.img")
     assert "more" in run("debugfs", "-R", "ls", host / "back.img")
+
+
+def copied_by_dask(hosts: Hosts, session: Block) -> str:
+    """Back up as the page says for copies by every host; return what was said."""
+    (scheduler,) = [line.removeprefix("# ") for line in session.lines() if line.startswith("# dask scheduler")]
+    worker_on_a, back_up, worker_on_b = session.command_lines()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts.places["10.0.0.4:8786"] = f"127.0.0.1:{port}"
+    hosts.places["--host 10.0.0.4"] = f"--host 127.0.0.1 --port {port} --no-dashboard"
+    with contextlib.ExitStack() as running:
+        running.enter_context(hosts.running("a", scheduler.split()))
+        wait_for(lambda: is_listened_to(port), "the scheduler")
+        for name, words in (("a", worker_on_a), ("b", worker_on_b)):
+            running.enter_context(hosts.running(name, ["blockferry", *words]))
+        count = [sys.executable, "-c", COUNT, f"tcp://127.0.0.1:{port}"]
+        wait_for(lambda: run(*count) == "2\n", "the workers")
+        return hosts.on("a", back_up)
 
 
 def test_the_guards_disk_is_mounted_after_the_guard(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from commands_support import blockferry, new_depot, run
 from pages_support import Page, run_shell
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.thorough, pytest.mark.timeout(1200)]  # a guest is emulated
 
 PORT = "10809"
 
@@ -26,7 +26,8 @@ def test_qemu_shows_the_disk_as_a_device(tmp_path: Path) -> None:
     depot = new_depot("borg", tmp_path / "repository")
     assert depot.ferry("backup", tmp_path / "volume.img").code == 0
     run_shell(authority + server + client, {"/etc/blockferry/tls": tls, "10.0.0.5": "127.0.0.1"})
-    assert depot.ferry("attach", "latest", tmp_path / "new.img", "--name", "mail").code == 0
+    # Were all brought in, the disk would be its target's by now, and its process gone.
+    assert depot.ferry("attach", "latest", tmp_path / "new.img", "--name", "mail", "--rate", "0").code == 0
     try:
         served = blockferry("serve", "mail", "--listen", f"127.0.0.1:{PORT}", "--tls", tls)
         assert served.code == 0, served.err
