@@ -127,7 +127,7 @@ def test_a_disk_that_restores_itself(host: Path, depot: Depot, monkeypatch: pyte
     with udevd(), disks(host) as make:
         etc_of_udev = "for each in /etc/udev/rules.d /etc/systemd/system; do mount -t tmpfs tmpfs $each; done\n"
         run_shell(etc_of_udev + install, {}, prefix=["unshare", "--mount", "--propagation=private"])
-        run_shell(secret, etc | {"BORG_PASSPHRASE=...": f'BORG_PASSPHRASE="{passphrase}"'})
+        run_shell(secret, etc | {"...": passphrase})
         new = make("64M")
         assert f"ID_SERIAL_SHORT={new.serial}\n" in run_shell(look, {"/dev/sdb": new.plug_in()})
         serial = {"serial:WD-WX12A345": "serial:NOT-HERE"}
