@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,8 +21,8 @@ def test_qemu_shows_the_disk_as_a_device(tmp_path: Path) -> None:
     files, tls = tmp_path / "files", tmp_path / "tls"
     for each in (files, tmp_path / "mnt"):
         each.mkdir()
-    (files / "letter").write_text("dear")
-    run("truncate", "-s", "16M", tmp_path / "volume.img")
+    (files / "letter").write_bytes(os.urandom(40 << 20))
+    run("truncate", "-s", "64M", tmp_path / "volume.img")
     run("mke2fs", "-q", "-F", "-t", "ext4", "-d", files, tmp_path / "volume.img")
     depot = new_depot("borg", tmp_path / "repository")
     assert depot.ferry("backup", tmp_path / "volume.img").code == 0
