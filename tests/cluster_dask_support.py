@@ -18,7 +18,7 @@ from cluster_support import make_authority, make_certificate
 from commands_support import Depot, command
 
 PAGE = Path(__file__).parents[1] / "docs" / "shared-volumes.md"
-_COUNT = "import sys, distributed as d; print(len(d.Client(sys.argv[1]).scheduler_info(n_workers=-1)['workers']))"
+COUNT = "import sys, distributed as d; print(len(d.Client(sys.argv[1]).scheduler_info(n_workers=-1)['workers']))"
 
 
 class Scheduler:
@@ -101,7 +101,7 @@ def _tls(home: Path) -> dict[str, str]:
 
 def _wait_for(scheduler: Scheduler, hosts: list[SharingHost]) -> None:
     """Wait, where the hosts are, until the scheduler has all their workers."""
-    words = [*hosts[0].prefix, sys.executable, "-c", _COUNT, scheduler.address]
+    words = [*hosts[0].prefix, sys.executable, "-c", COUNT, scheduler.address]
     env = os.environ | scheduler.env
     wait_until(lambda: int(subprocess.run(words, capture_output=True, check=True, env=env).stdout) == len(hosts))
     time.sleep(0.2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,27 +10,13 @@ import pytest
 
 from commands_support import blockferry, run
 from config_support import SECRET, restic_repository
+from pages_support import Page, run_shell, with_places
 
-DOCS = Path(__file__).parents[2] / "docs"
 
-
-def file_of(page: str, place: Path, name: str, replaced: Mapping[str, object]) -> Path:
+def file_of(page: Page, place: Path, name: str, replaced: Mapping[str, object]) -> Path:
     """Write the page's file, with places of this host in it."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    for example, real in replaced.items():
-        assert example in text
-        text = text.replace(example, str(real))
-    (place / name).write_text(text)
+    (place / name).write_text(with_places(page.block("yaml"), replaced))
     return place / name
-
-
-def commands_of(page: str, replaced: Mapping[str, object]) -> list[list[str]]:
-    """Return the words of the page's commands, behind `blockferry`."""
-    lines = re.findall(r"^    blockferry (.*)$", (DOCS / page).read_text(), re.MULTILINE)
-    words = [shlex.split(line, comments=True) for line in lines]
-    for example, real in replaced.items():
-        words = [[word.replace(example, str(real)) for word in each] for each in words]
-    return words
 
 
 @pytest.fixture
@@ -51,10 +35,10 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_our_own_file_is_understood(tmp_path: Path) -> None:
-    file = file_of("configuration.md", tmp_path, "config.yaml", {"borgmatic:/etc/borgmatic/config.yaml#nas": "borg:/x"})
-    for words in commands_of("configuration.md", {}):
-        done = blockferry("--config", file, *words)
-        assert done.code == 0, (words, done.err)
+    page = Page("configuration.md")
+    file = file_of(page, tmp_path, "config.yaml", {"borgmatic:/etc/borgmatic/config.yaml#nas": "borg:/x"})
+    said = run_shell(page.block(), {}, env={"BLOCKFERRY_CONFIG": str(file)})
+    assert "2 volumes, 1 groups, and nothing is wrong" in said
 
 
 @pytest.mark.parametrize("how", ["read", pytest.param("run", marks=pytest.mark.thorough)])
@@ -69,7 +53,8 @@ def test_borgmatics_file_has_volumes(how: str, tmp_path: Path, image: Path, monk
         "/root/passphrase": tmp_path / "key",
         "/dev/vg/vm": image,
     }
-    file = file_of("borgmatic.md", tmp_path, "config.yaml", replaced)
+    page = Page("borgmatic.md")
+    file = file_of(page, tmp_path, "config.yaml", replaced)
     shown = blockferry("--config", file, "config", "show", "--json").json()
     assert shown["repository"] == f"borgmatic:{file}"
     assert (list(shown["volumes"]), list(shown["groups"])) == (["vm"], ["mail"])
@@ -77,9 +62,8 @@ def test_borgmatics_file_has_volumes(how: str, tmp_path: Path, image: Path, monk
         monkeypatch.setenv("BORG_PASSPHRASE", SECRET)
         run("borg", "init", "--encryption", "repokey-blake2", tmp_path / "repository")
         monkeypatch.delenv("BORG_PASSPHRASE")
-        for words in commands_of("borgmatic.md", {"/etc/borgmatic/config.yaml": file}):
-            done = blockferry(*words)
-            assert done.code == 0, (words, done.err)
+        list_them, back_up = page.blocks()
+        run_shell(back_up + list_them, {"/etc/borgmatic/config.yaml": file})
 
 
 def test_a_profile_is_backed_up_to(tmp_path: Path, image: Path, repository: Path) -> None:
@@ -91,9 +75,9 @@ def test_a_profile_is_backed_up_to(tmp_path: Path, image: Path, repository: Path
         "systemctl stop shop": f"touch {tmp_path}/stopped",
         "systemctl start shop": f"rm {tmp_path}/stopped; touch {tmp_path}/started",
     }
-    file = file_of("resticprofile.md", tmp_path, "profiles.yaml", replaced)
-    (words,) = commands_of("resticprofile.md", {"/dev/vg/vm": image, "/etc/resticprofile/profiles.yaml": file})
-    assert blockferry(*words).code == 0
+    page = Page("resticprofile.md")
+    file = file_of(page, tmp_path, "profiles.yaml", replaced)
+    run_shell(page.block(), {"/dev/vg/vm": image, "/etc/resticprofile/profiles.yaml": file})
     assert [(tmp_path / name).exists() for name in ("stopped", "started")] == [False, True]
 
 
@@ -106,8 +90,7 @@ def test_a_location_is_backed_up(tmp_path: Path, image: Path, repository: Path) 
         "systemctl stop shop": f"touch {tmp_path}/stopped",
         "systemctl start shop": f"rm {tmp_path}/stopped; touch {tmp_path}/started",
     }
-    file = file_of("autorestic.md", tmp_path, ".autorestic.yml", replaced)
-    for words in commands_of("autorestic.md", {"/etc/.autorestic.yml": file}):
-        done = blockferry(*words)
-        assert done.code == 0, (words, done.err)
+    page = Page("autorestic.md")
+    file = file_of(page, tmp_path, ".autorestic.yml", replaced)
+    run_shell(page.block(), {"/etc/.autorestic.yml": file})
     assert [(tmp_path / name).exists() for name in ("stopped", "started")] == [False, True]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +10,12 @@ import pytest
 
 from commands_support import Depot
 from groups_support import back_up, make_tree, state_of
+from pages_support import Page, run_shell
 
-PAGE = Path(__file__).parents[2] / "docs" / "groups-restore.md"
+PAGE = Page("groups-restore.md")
+WITHOUT = "Without blockferry"
 
 pytestmark = pytest.mark.root
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def test_the_script_brings_back_what_the_stock_tool_extracts(
@@ -33,17 +30,14 @@ def test_the_script_brings_back_what_the_stock_tool_extracts(
     archive = back_up(depot, top).archive
     for name, text in depot.env.items():
         monkeypatch.setenv(name, text)
-    borg, restic = blocks("sh")
+    borg, restic = PAGE.blocks(below=WITHOUT)
     extract = {"borg": borg, "restic": restic}[depot.tool]
-    for example, real in {
-        "/srv/backup/borg": depot.path,
-        "/srv/backup/restic": depot.path,
-        "the-name-of-the-archive": archive,
+    places = {
+        f"/srv/backup/{depot.tool}": depot.path,
         "/var/tmp/group": tmp_path / "group",
-    }.items():
-        extract = extract.replace(example, str(real))
-    subprocess.run(["sh", "-euxc", extract], check=True, capture_output=True)
-    (script,) = blocks("python")
+    } | ({"the-name-of-the-archive": archive} if depot.tool == "borg" else {})
+    run_shell(extract, places)
+    script = PAGE.block("python")
     (tmp_path / "files.py").write_text(script)
     command = ["python3", "-I", tmp_path / "files.py", tmp_path / "group", place / "back"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -52,5 +46,5 @@ def test_the_script_brings_back_what_the_stock_tool_extracts(
 
 
 def test_the_script_is_short() -> None:
-    (script,) = blocks("python")
+    script = PAGE.block("python")
     assert len(script.splitlines()) <= 70

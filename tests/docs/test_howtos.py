@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from changed_support import why_no_bpftrace
 from changes_support import filesystem
 from commands_support import blockferry, run
+from pages_support import Page, run_shell, with_places
 
-DOCS = Path(__file__).parents[2] / "docs"
 MIB = 1 << 20
 
 Attach = Callable[..., str]
@@ -22,53 +20,18 @@ Attach = Callable[..., str]
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory in place of the root: with a state directory, and services that only say what they did."""
-    for name in ("root", "mnt", "srv/backup", "bin", "state"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "config.yaml").touch()
-    stub = tmp_path / "bin" / "systemctl"
-    stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/systemctl.log\n')
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("BLOCKFERRY_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("BLOCKFERRY_CONFIG", str(tmp_path / "config.yaml"))
-    yield tmp_path
-    for point in (tmp_path / "mnt", tmp_path / "srv"):
-        subprocess.run(["umount", "--lazy", "--quiet", str(point)], check=False, capture_output=True)
-    for each in blockferry("status", "--json").json()["restores"]:
-        blockferry("detach", each["name"], "--force", "--forget")
-
-
-def blocks(page: str, language: str = "sh") -> str:
-    """Return all blocks of a language on a page, one after the other."""
-    found = re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    assert found
-    return "".join(found)
-
-
-def with_places(text: str, places: Mapping[str, object]) -> str:
-    """Return a text with its example places replaced by real ones."""
-    for example in places:
-        assert example in text, f"the page no longer says {example}"
-    examples = "|".join(re.escape(example) for example in sorted(places, key=len, reverse=True))
-    return re.sub(examples, lambda found: str(places[found[0]]), text)
-
-
-def do(page: str, host: Path, places: Mapping[str, object]) -> str:
+def do(name: str, host: Path, places: Mapping[str, object]) -> str:
     """Run all that a page says, as one script; return what it printed."""
-    text = (DOCS / page).read_text()
-    if "```yaml" in text:
-        named = {example: real for example, real in places.items() if example in blocks(page, "yaml")}
-        (host / "config.yaml").write_text(with_places(blocks(page, "yaml"), named))
-    shell = blocks(page)
-    script = with_places(shell, {example: real for example, real in places.items() if example in shell})
-    done = subprocess.run(
-        ["sh", "-euxc", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    page = Page(name)
+    configured = page.block("yaml") if "```yaml" in page.text else ""
+    script = "".join(page.blocks())
+    assert [example for example in places if example not in configured + script] == []
+    (host / "config.yaml").write_text(with_places(configured, _named(places, configured)))
+    return run_shell(script, _named(places, script))
+
+
+def _named(places: Mapping[str, object], text: str) -> dict[str, object]:
+    return {example: real for example, real in places.items() if example in text}
 
 
 def ext4(path: Path, files: Path, size: str = "64M") -> Path:
@@ -91,8 +54,30 @@ def test_the_quick_start(host: Path, files: Path, attach: Attach) -> None:
     run("e2fsck", "-fn", target)
 
 
+def test_the_readme(host: Path, files: Path, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := why_no_bpftrace():
+        pytest.skip(reason)
+    monkeypatch.setenv("BORG_PASSPHRASE", "secret")
+    disk, empty = attach(ext4(host / "disk.img", files)), host / "new.img"
+    run("truncate", "-s", "64M", empty)
+    places = {
+        "/dev/vg0/home": disk,
+        "/dev/vg0/home-restored": host / "back.img",
+        "/dev/sdb": attach(empty),
+        "/srv/backup/disks": host / "srv" / "backup" / "disks",
+    }
+    try:
+        assert "in use: is read" in do("README.md", host, places)
+    finally:
+        blockferry("track", "stop", disk)
+    run("e2fsck", "-fn", host / "back.img")
+    (restore,) = blockferry("status", "--json").json()["restores"]
+    run("e2fsck", "-fn", restore["device"])
+    blockferry("detach", restore["name"], "--force", "--forget")  # before its loop device goes
+
+
 def test_the_quick_start_fits_a_screen() -> None:
-    assert len((DOCS / "quickstart.md").read_text().splitlines()) <= 60
+    assert len(Page("quickstart.md").text.splitlines()) <= 60
 
 
 def test_one_disk(host: Path, files: Path, attach: Attach, mount: Callable[..., Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from blockferry.cli.context import Context
 from blockferry.cli.main import COMMANDS, cli
-from blockferry.cli.output import Output
+from pages_support import Block, accept
 
 ROOT = Path(__file__).parents[2]
 PACKAGING = ROOT / "packaging"
@@ -82,27 +80,6 @@ def resolve(path: tuple[str, ...]) -> click.Command:
     return command
 
 
-def parse(words: list[str]) -> tuple[str, ...]:
-    """Have click parse a command line; return the names of the commands. UsageError if it does not accept it."""
-    names: tuple[str, ...] = ()
-    context = cli.make_context("blockferry", words, obj=Context(Output(as_json=False, log_json=False, verbosity=0)))
-    while isinstance(context.command, click.Group):
-        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
-        assert name
-        assert command
-        names = (*names, name)
-        context = command.make_context(name, rest, parent=context)
-    return names
-
-
-def words_of(line: str) -> list[str]:
-    """Return what a line of shell gives to blockferry, without redirections and what comes before and behind."""
-    words = shlex.split(line, comments=True)
-    words = words[words.index("blockferry") + 1 :]
-    end = next((number for number, word in enumerate(words) if re.match(r"[>|&;]", word)), len(words))
-    return words[:end]
-
-
 @pytest.mark.parametrize("path", list(commands(cli)), ids=" ".join)
 def test_the_help_ends_with_examples_that_are_accepted(path: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(cli, [*path, "--help"], terminal_width=200).output
@@ -110,10 +87,5 @@ def test_the_help_ends_with_examples_that_are_accepted(path: tuple[str, ...]) ->
     lines = [line.strip() for line in examples.strip().splitlines()]
     assert title == ("Example:" if len(lines) == 1 else "Examples:")
     for line in lines:
-        assert parse(words_of(line))[: len(path)] == path
-
-
-def test_a_wrong_example_would_be_noticed() -> None:
-    for line in ("blockferry restore latest", "blockferry used --frobnicate x", "blockferry frobnicate"):
-        with pytest.raises(click.UsageError):
-            parse(words_of(line))
+        first, *_others = [accept(words) for words in Block("help", 1, "", line).command_lines()]
+        assert first[: len(path)] == path

@@ -16,6 +16,7 @@ from blockferry.blockmap import BlockMap, Kind
 from blockferry.extents import ExtentSet
 from blockferry.manager import plugin_manager
 from blockferry.snapshot import Record
+from pages_support import Page
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,8 +81,7 @@ def test_the_script_on_the_format_page_prints_a_stored_map(tmp_path: Path) -> No
     )
     stored, script = tmp_path / "blockferry.map", tmp_path / "print_map.py"
     stored.write_bytes(block_map.to_bytes())
-    (source,) = re.findall(r"```python\n(.*?)```", page("format.md"), re.DOTALL)
-    script.write_text(source)
+    script.write_text(Page("format.md").block("python"))
     printed = subprocess.run([sys.executable, script, stored], check=True, capture_output=True, text=True).stdout
     assert printed == block_map.to_lines()
 

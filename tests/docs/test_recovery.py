@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +15,10 @@ import pytest
 from blockferry.extents import ExtentSet
 from blockferry.manager import plugin_manager, repository_named
 from commands_support import new_depot
+from pages_support import ROOT, Page, run_shell
 from sets_support import SharedVolume, common_record, make_set
 
-PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
+PAGE = Page("recovery.md")
 BLOCKFERRY = str(Path(sys.executable).with_name("blockferry"))
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -30,21 +30,7 @@ pytestmark = pytest.mark.root
 
 def blocks(heading: str) -> list[str]:
     """Return the shell blocks below a heading of the page, in order."""
-    below = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert below, f"docs/recovery.md has no section {heading!r}"
-    return re.findall(r"```sh\n(.*?)```", below[1], re.DOTALL)
-
-
-def run_shell(script: str, places: dict[str, object]) -> str:
-    """Run a script of the page with its example places replaced by real ones; return what it printed."""
-    for example, real in places.items():
-        assert example in script, f"the page no longer says {example}"
-        script = script.replace(example, str(real))
-    done = subprocess.run(
-        ["sh", "-euxc", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return PAGE.blocks(below=heading)
 
 
 def blockferry(*arguments: str) -> dict[str, object]:
@@ -141,7 +127,7 @@ def test_borg_mount_shows_single_files_of_the_volume(tmp_path: Path, borg_places
 def test_borg_2_extract_writes_the_volume_over_a_used_device(
     volume: Path, worn_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    borg_2 = PAGE.parents[1] / ".tools" / "borg-2" / "bin"
+    borg_2 = ROOT / ".tools" / "borg-2" / "bin"
     if not (borg_2 / "borg").exists():
         pytest.skip("no borg 2 in .tools: run scripts/bootstrap --test")
     repository = tmp_path / "repository"
@@ -281,4 +267,4 @@ def test_every_command_on_the_page_is_run_here() -> None:
         "A set": 3,
         "Afterwards": 1,
     }
-    assert PAGE.read_text().count("```sh") == 17
+    assert len(PAGE.blocks()) == 17

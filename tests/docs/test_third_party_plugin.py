@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
+from pages_support import Page
+
+PAGE = Page("hooks.md")
 MIB = 1 << 20
 
 
 def file_on_page(name: str) -> str:
     """Return the code block that the page introduces with the file's name."""
-    match = re.search(rf"`{re.escape(name)}`:\n\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    match = re.search(rf"`{re.escape(name)}`:\n\n```\w+\n(.*?)```", PAGE.text, re.DOTALL)
     assert match, f"docs/hooks.md shows no {name}"
     return match[1]
 

@@ -6,7 +6,6 @@ It comes back by the commands of docs/inside-your-job.md.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,11 @@ import pytest
 
 from commands_support import Depot, new_depot, run
 from export_support import MIB, SEGMENT, Host, job
+from pages_support import Page, run_shell
 
 pytestmark = pytest.mark.root
 
-PAGE = Path(__file__).parents[2] / "docs" / "inside-your-job.md"
+PAGE = Page("inside-your-job.md")
 TARGET = "/dev/sdX"
 
 
@@ -49,20 +49,13 @@ def assert_same_files(image: Path, volume: Path) -> None:
 
 def blocks() -> list[str]:
     """Return the shell blocks of the page that bring a volume back."""
-    return re.findall(r"```sh\n(.*?)```", PAGE.read_text().partition("## Getting it back")[2], re.DOTALL)
+    return PAGE.blocks(below="Getting it back")
 
 
 def run_page(script: str, depot: Depot, host: Host, places: dict[str, object]) -> str:
     """Run blocks of the page with its example places replaced by real ones; return what they printed."""
     own = {"var/lib/blockferry/export": str(host.at).lstrip("/"), f"/srv/backup/{depot.tool}": depot.path}
-    for example, real in (own | places).items():
-        assert example in script, f"the page no longer says {example}"
-        script = script.replace(example, str(real))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | depot.env | host.env | {"PATH": path}
-    done = subprocess.run(["sh", "-euxc", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_shell(script, own | places, env=depot.env | host.env)
 
 
 def test_the_second_run_reads_only_segments_that_changed_and_all_comes_back(
@@ -139,5 +132,5 @@ def test_the_page_shows_what_is_to_be_pasted(host: Host, volume: Path, tool: str
     )
     said = said.replace(str(Path(sys.executable).with_name("blockferry")), "/usr/bin/blockferry")
     said = said.replace(str(volume), "/dev/vg/home")
-    shown = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    shown = PAGE.blocks("yaml")
     assert "".join(line for line in said.splitlines(keepends=True) if not line.startswith("#")) in shown

@@ -198,6 +198,12 @@ def test_a_selection_knows_which_of_its_patterns_met_nothing() -> None:
     assert selection.unmet() == ["missing", "pf:missing/too"]
 
 
+def test_a_pattern_that_means_what_another_has_selected_already_has_met_something() -> None:
+    selection = Selection.parse(["mail/ann", "sh:**/*.odt", "pf:mail/ann/letter.odt", "mail/ann/other"])
+    assert selection.matches("mail/ann/letter.odt") and selection.matches("mail/ann/inbox")
+    assert selection.unmet() == ["mail/ann/other"]
+
+
 def test_without_patterns_everything_is_selected() -> None:
     selection = Selection.parse([])
     assert not selection

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from blockferry.volume import Volume
 from cluster_hosts_support import VOLUME, sharing
 from commands_support import Depot, blockferry, command, new_depot, run
 from conftest import Attach
+from pages_support import Page
 
 MIB = 1 << 20
 
@@ -178,9 +178,9 @@ def test_a_backup_of_a_shared_volume_leaves_the_figures_of_its_set(
 
 
 def test_the_commands_on_the_page_show_the_file(depot: Depot, image: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    script, _remove = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    (configured,) = re.findall(r"```yaml\n(metrics:.*?)```", page, re.DOTALL)
+    page = Page("metrics.md")
+    script, _remove = page.blocks()
+    configured = page.block("yaml", below="Switch them on")
     directory = tmp_path / "metrics"
     directory.mkdir()
     places = {

@@ -19,9 +19,9 @@ from blockferry.manager import plugin_manager, without_credentials
 from blockferry.metrics import textfile
 from blockferry.metrics.families import FAMILIES
 from blockferry.metrics.textfile import Samples, changing, key, parse, render
-from commands_support import run
+from pages_support import ROOT, Page, run_shell
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PAGE = Page("metrics.md")
 NAMES = ["home", 'with "quotes"', "back\\slash\\n", "two\nlines", "a{b}=,c ", "ü", os.fsdecode(b"\xff\xfe"), ""]
 
 
@@ -152,7 +152,7 @@ def test_user_names_and_passwords_are_not_in_labels(reference: str, shown: str) 
 
 
 def test_the_page_lists_the_metrics_with_their_labels_and_meaning() -> None:
-    rows = re.findall(r"^\| `(blockferry_\w+)` \| (.*?) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(blockferry_\w+)` \| (.*?) \| (.*) \|$", PAGE.text, re.MULTILINE)
     listed = {name: (tuple(re.findall(r"`(\w+)`", labels)), meaning) for name, labels, meaning in rows}
     assert listed == {family.name: (family.labels, family.help) for family in FAMILIES.values()}
     assert [name for name, _labels, _meaning in rows] == list(FAMILIES)
@@ -166,11 +166,11 @@ def test_nothing_is_said_where_no_directory_is_named(caplog: pytest.LogCaptureFi
 
 
 def test_the_dashboard_and_the_alerts_use_metrics_that_there_are_with_their_labels() -> None:
-    dashboard = (PAGE.parent / "grafana" / "blockferry.json").read_text()
+    dashboard = (ROOT / "docs" / "grafana" / "blockferry.json").read_text()
     shown = [
         target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel.get("targets", [])
     ] + re.findall(r"label_values\((.*?)\)", dashboard)
-    alerts = re.findall(r"expr: (.*)", PAGE.read_text())
+    alerts = re.findall(r"expr: (.*)", PAGE.text)
     assert len(alerts) == 4
     for expression in shown + alerts:
         used = re.findall(r"(blockferry_\w+)(?:\{(.*?)\})?", expression)
@@ -189,8 +189,8 @@ def test_promtool_understands_the_expressions(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool is not installed: apt install prometheus")
-    (alerts,) = [each for each in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL) if "alert" in each]
-    dashboard = json.loads((PAGE.parent / "grafana" / "blockferry.json").read_text())
+    alerts = PAGE.block("yaml", below="What to be woken for")
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "blockferry.json").read_text())
     shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     rules = [{"record": f"shown:{number}", "expr": each} for number, each in enumerate(shown)]
     (tmp_path / "alerts.yaml").write_text(alerts)
@@ -199,10 +199,10 @@ def test_promtool_understands_the_expressions(tmp_path: Path) -> None:
 
 
 def test_a_volume_is_taken_out_as_the_page_says(tmp_path: Path) -> None:
-    (command,) = re.findall(r"^sed .*", PAGE.read_text(), re.MULTILINE)
+    _look, command = PAGE.blocks()
     with changing(tmp_path) as samples:
         for volume in ("old", "older", "new"):
             samples[key("blockferry_backup_failing", (volume, "r"))] = 1
-    run("sh", "-c", command.replace("/var/lib/prometheus/node-exporter", str(tmp_path)))
+    run_shell(command, {"/var/lib/prometheus/node-exporter": tmp_path})
     left = parse((tmp_path / "blockferry.prom").read_text())
     assert [labels[0] for _name, labels in left] == ["new", "older"]

@@ -16,8 +16,9 @@ from blockferry import systemd
 from blockferry.systemd import units
 from commands_support import Depot, blockferry, command, new_depot, run
 from conftest import Mount
+from pages_support import Page, run_shell
 
-PAGE = Path(__file__).parents[2] / "docs" / "systemd.md"
+PAGE = Page("systemd.md")
 SYSTEM = Path("etc/systemd/system")
 DROP_IN = SYSTEM / "borgmatic.service.d" / "blockferry.conf"
 BORGMATIC = """\
@@ -70,7 +71,7 @@ def test_systemd_understands_each_unit(root: Path, template: str) -> None:
 
 @needs_systemd
 def test_the_units_are_as_safe_as_the_page_says(root: Path) -> None:
-    said = dict(re.findall(r"^\| `(blockferry-\w+@\.service)` \|.*\| (\d+\.\d) \|$", PAGE.read_text(), re.MULTILINE))
+    said = dict(re.findall(r"^\| `(blockferry-\w+@\.service)` \|.*\| (\d+\.\d) \|$", PAGE.text, re.MULTILINE))
     assert said.keys() == set(units.TEMPLATES)
     for template, figure in said.items():
         assert exposure(instance(root, template)) == pytest.approx(float(figure), abs=0.11), template
@@ -101,7 +102,7 @@ def test_each_line_of_the_drop_in_is_explained_in_it_and_the_page_shows_it(root:
     assert [each for each in directives if not each.startswith("#")] == [
         "CapabilityBoundingSet=CAP_SYS_ADMINSystemCallFilter=@mount"
     ]
-    assert shown.partition("\n")[2] in PAGE.read_text()
+    assert shown.partition("\n")[2] in PAGE.text
 
 
 def test_what_is_made_at_boot_is_as_we_make_it(root: Path) -> None:
@@ -117,7 +118,7 @@ def test_what_is_made_at_boot_is_as_we_make_it(root: Path) -> None:
 @pytest.mark.root
 def test_the_commands_on_the_page_install_the_units(tmp_path: Path) -> None:
     """On this machine, but for a while, and seen by nobody else. Queries of the journal are run in test_journal.py."""
-    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = PAGE.blocks()
     installs = [block for block in blocks if block.startswith("blockferry ")]
     looks = [line for block in blocks if block not in installs for line in block.splitlines()]
     assert [line for line in looks if not line.startswith("journalctl ")] == ["systemctl status 'blockferry-*'"]
@@ -126,9 +127,7 @@ def test_the_commands_on_the_page_install_the_units(tmp_path: Path) -> None:
     places = ["/etc/systemd/system", "/etc/tmpfiles.d"]
     script = "".join(f"mount -t tmpfs tmpfs {each};" for each in places)
     script += f"{''.join(installs)}find {places[0]} {places[1]} -type f"
-    path = f"{Path(command()[0]).parent}:{os.environ['PATH']}"
-    apart = ["unshare", "--mount", "--propagation=private", "sh", "-euc", script]
-    found = run(*apart, env=os.environ | {"PATH": path}).splitlines()
+    found = run_shell(script, {}, prefix=["unshare", "--mount", "--propagation=private"]).splitlines()
     files = [path for path in found if path.startswith("/etc/")]
     assert {Path(path).name for path in files} == {*units.TEMPLATES, "blockferry.conf"}
     assert f"/{DROP_IN}" in files

@@ -15,6 +15,7 @@ from blockferry.changed import era
 from blockferry.hookspecs import Checkpoint, FreezeOptions
 from conftest import Attach, Mount
 from devicemapper_support import back_up, begin, changed, check, contents, declines, differing, run
+from pages_support import Page, run_shell
 from volumes_support import live_in
 from volumes_support import run as run_small
 
@@ -28,16 +29,19 @@ Make = Callable[[int], None]
 
 @pytest.fixture
 def make(tmp_path: Path, attach: Attach) -> Iterator[Make]:
-    """Return a function that sets up a dm-era device of 32 MiB with blocks of so many bytes, also a second time."""
+    """Return a function that sets up a dm-era device of 32 MiB with blocks of so many bytes, also a second time.
+
+    It does so as docs/tracking-dm.md says.
+    """
     images = [tmp_path / "metadata.img", tmp_path / "data.img"]
     for image, size in zip(images, (16 * MIB, SIZE), strict=True):
         image.touch()
         os.truncate(image, size)
-    devices = [attach(image) for image in images]
+    metadata, data = (attach(image) for image in images)
+    places = {"data-era": "blockferry-era", "/dev/METADATA": metadata, "/dev/sdb": data}
 
     def make_device(block: int) -> None:
-        table = f"0 {SIZE // 512} era {' '.join(devices)} {block // 512}"
-        run("dmsetup", "create", "blockferry-era", "--table", table)
+        run_shell(Page("tracking-dm.md").block(), {**places, " 128": f" {block // 512}"})
 
     yield make_device
     run("dmsetup", "remove", "--retry", "blockferry-era")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -19,9 +18,9 @@ import pytest
 import ocfs2_host
 from commands_support import Depot, new_depot, run
 from ocfs2_host import ADDRESSES, BLOCK, CELLS, KEPT, content, records_of
+from pages_support import Page
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "shared-volumes.md"
 SIZE = 64 << 20
 
 
@@ -34,8 +33,7 @@ def test_a_disk_that_two_guests_write_to_through_ocfs2_comes_back_as_of_one_inst
     depot = new_depot("restic", tmp_path / "repository")
     disk = tmp_path / "shared.img"
     run("truncate", "-s", SIZE, disk)
-    (setup,) = re.findall(r"^```sh\n(cat >/etc/ocfs2/.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    (tmp_path / "setup.sh").write_text(setup)
+    (tmp_path / "setup.sh").write_text(Page("shared-volumes.md").block())
     ports = free_ports()
     guests = [
         boot("a", disk, tmp_path, depot, ports),

@@ -180,7 +180,7 @@ def _sentence(result: GroupResult) -> str:
 @json_option
 @click.pass_obj
 def group(context: Context, name: str, extents: bool) -> None:
-    """Say which files the group NAME has, and where on its volume they lie.
+    """Say how many files the group NAME has, and in how many pieces they lie.
 
     \b
     Example:

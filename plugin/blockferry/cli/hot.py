@@ -283,11 +283,11 @@ def _row_of_export(said: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _sentence(said: dict[str, Any]) -> str:
-    lines = [
-        f"{said['name']}: snapshot {said['snapshot']} is at {said['device']}, in {said['seconds']:.1f} s",
-        f"  mount {said['device']} /mnt; `blockferry status {said['name']}` says how far it is",
-    ]
-    return "\n".join(lines)
+    next_step = f"mount {said['device']} /mnt; `blockferry status {said['name']}` says how far it is"
+    if not said.get("target"):
+        next_step = f"mount -o ro {said['device']} /mnt; it lasts until `blockferry detach {said['name']}`"
+    where = f"{said['name']}: snapshot {said['snapshot']} is at {said['device']}, in {said['seconds']:.1f} s"
+    return f"{where}\n  {next_step}"
 
 
 def _wait_until_gone(name: str) -> None:

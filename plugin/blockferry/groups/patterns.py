@@ -115,18 +115,19 @@ class Selection:
         if not self:
             return True
         path = path.lstrip("/")
-        if path in self._full_paths:
+        found = path in self._full_paths
+        if found:
             self._met.add(self._full_paths[path])
-            return True
         framed = f"/{path}/"
         for text, matcher in self._matchers.items():
-            if matcher.matches(path, framed):
+            # One that has met nothing is asked about what another has selected, too: it may mean some of that.
+            if not (found and text in self._met) and matcher.matches(path, framed):
                 self._met.add(text)
-                return True
-        return False
+                found = True
+        return found
 
     def unmet(self) -> list[str]:
-        """Return the patterns that no path was selected by until now."""
+        """Return the patterns that have matched no path until now."""
         return [text for text in (*self._matchers, *self._full_paths.values()) if text not in self._met]
 
 
