@@ -163,7 +163,10 @@ def test_an_armed_device_that_shows_up_can_be_mounted_before_all_is_there(home: 
     with disks(tmp_path) as new:
         disk = new(SIZE)
         service = units.RESTORE.replace("@", f"@{disk.match}")
-        home.borg.ferry("arm", "latest", disk.match, "--name", "unit", "--mount", place, "--rate", "100K").json()
+        if not home.borg.archives():  # no other test ran before
+            assert home.borg.ferry("backup", "home", "--fsfreeze", "60").code == 0
+        words = ("arm", "latest", disk.match, "--name", "unit", "--mount", place, "--rate", "100K", "--json")
+        home.borg.ferry(*words).json()
         disk.plug_in()
         wait_for(lambda: show(service, "ActiveState") == "active", "the restore", PATIENCE)
         assert place.is_mount()
@@ -173,9 +176,9 @@ def test_an_armed_device_that_shows_up_can_be_mounted_before_all_is_there(home: 
         (place / "new").write_bytes(home.content)
 
         run("systemctl", "stop", service)
-        run("udevadm", "settle")
         assert not place.is_mount()
-        assert show(service, "ActiveState") == "inactive", "the device is still there, and what was stopped stays so"
+        run("udevadm", "trigger", "--action=change", "--settle", disk.device)
+        assert show(service, "ActiveState") == "inactive", "what was stopped stays so, whoever looks at the disk"
         armed = arming.load(Match.parse(disk.match))
         assert armed
         arming.arm(arming.Armed(**vars(armed) | {"rate": None}))
