@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pyudev
 
 from blockferry.errors import UsageError
 from blockferry.hot import arming, client, udev
@@ -167,7 +168,6 @@ def test_plugging_in_an_armed_disk_is_enough(host: Host, mount: Callable[..., Pa
         assert host.status(disk)["finished"]
         known = properties(disk.device)
         assert known["BLOCKFERRY_ARMED"] == disk.match
-        assert known["SYSTEMD_WANTS"] == f"blockferry-restore@{disk.match}.service"
         assert known["UDISKS_IGNORE"] == "1"
         host.ferry("detach", f"serial-{disk.serial}").refused(1, "unmount")
         run("umount", host.mnt)
@@ -177,6 +177,27 @@ def test_plugging_in_an_armed_disk_is_enough(host: Host, mount: Callable[..., Pa
         place = mount(disk.device)
         assert (place / "words").read_text() == WORDS
         assert (place / "new").read_text() == "written while it is restored"
+
+
+def test_systemd_is_asked_once_each_time_that_a_disk_shows_up(host: Host) -> None:
+    disk = host.disk(SIZE)
+    host.armed_before(disk)
+    monitor = pyudev.Monitor.from_netlink(udev.context(), "udev")
+    monitor.filter_by("block")
+    monitor.start()
+
+    def asked() -> list[str]:
+        events = [event for event in iter(lambda: monitor.poll(1), None) if event.device_node == disk.device]
+        armed = [event for event in events if event.properties.get("BLOCKFERRY_ARMED") == disk.match]
+        assert armed
+        return [wanted for event in armed if (wanted := event.properties.get("SYSTEMD_WANTS"))]
+
+    for _ in range(2):
+        disk.plug_in()
+        assert asked() == [f"blockferry-restore@{disk.match}.service"]
+        run("udevadm", "trigger", "--action=change", "--settle", disk.device)
+        assert asked() == []
+        disk.unplug()
 
 
 def test_a_disk_that_is_not_armed_is_left_alone(host: Host) -> None:

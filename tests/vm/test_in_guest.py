@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OUTSIDE = {Path(__file__).name, "test_ocfs2.py", "test_power_cut.py"}
+OUTSIDE = {Path(__file__).name, "test_ocfs2.py", "test_power_cut.py", "test_shutdown.py"}
 FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path.name not in OUTSIDE)
 FULL = os.environ.get("BLOCKFERRY_TEST_GUEST") == "full"
 BOOTS = {Path(file).stem: [file] for file in FILES} if FULL else {"some": ["-m", "not thorough", *FILES]}
@@ -35,7 +35,8 @@ def vm() -> None:
 @pytest.mark.parametrize("boot", BOOTS)
 def test_everything_passes_in_a_guest(boot: str) -> None:
     inside = [sys.executable, "-m", "pytest", "-q", "--durations=0", "-p", "no:cacheprovider", *BOOTS[boot]]
-    command = [str(ROOT / "scripts/vm"), "--", *inside]
+    options = ["--systemd"] if boot == "test_systemd" else []
+    command = [str(ROOT / "scripts/vm"), *options, "--", *inside]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -161,7 +161,7 @@ def restore(context: Context, match: str) -> None:
     """
     device = Match.parse(match)
     showing_up.serve(device)
-    context.output.result({"version": 1, "match": str(device)}, lambda: f"{device}: the disk was taken away")
+    context.output.result({"version": 1, "match": str(device)}, lambda: f"{device}: the restore has ended")
 
 
 def _with_snapshot(context: Context, wanted: Armed, snapshot: str) -> Armed:

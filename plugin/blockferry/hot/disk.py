@@ -165,7 +165,8 @@ def mount(device: str, directory: str) -> str:
     """Mount a device; return why that cannot be, else ""."""
     if os.path.ismount(directory):
         return f"{directory}: something is mounted there already"
-    command = [find("mount"), "--", device, directory]
+    # As what takes a network, which this does: systemd then unmounts it before it stops us (systemd.mount(5)).
+    command = [find("mount"), "-o", "_netdev", "--", device, directory]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     return f"it cannot be mounted: {done.stderr.strip()}" if done.returncode else ""
 

@@ -40,7 +40,12 @@ ATTRS{{loop/backing_file}}=="{our_disks}", GOTO="blockferry_end"
 GOTO="blockferry_end"
 
 LABEL="blockferry_armed"
-TAG+="systemd", ENV{{SYSTEMD_WANTS}}+="blockferry-restore@$env{{BLOCKFERRY_ARMED}}.service", ENV{{UDISKS_IGNORE}}="1"
+TAG+="systemd", ENV{{UDISKS_IGNORE}}="1"
+# Once each time that it shows up: who has looked at a disk makes an event, and systemd would start again what was
+# stopped or refused.
+ENV{{DISK_MEDIA_CHANGE}}!="1", IMPORT{{db}}="BLOCKFERRY_BEGUN"
+ENV{{BLOCKFERRY_BEGUN}}!="1", ENV{{SYSTEMD_WANTS}}+="blockferry-restore@$env{{BLOCKFERRY_ARMED}}.service"
+ENV{{BLOCKFERRY_BEGUN}}="1"
 
 LABEL="blockferry_end"
 """
