@@ -27,6 +27,7 @@ ENTER = r"""
 set -eu
 root=$1 kept=$2
 shift 2
+mount --bind "$root" "$root"  # a root is a mount
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
@@ -70,7 +71,7 @@ class CleanRoot:
 
     def run(self, *command: str) -> str:
         """Run a command in the checkout there; an AssertionError with all that it printed if it fails."""
-        apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child=TERM")
+        apart = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=TERM")
         return run(*apart, "--", "bash", "-c", ENTER, "enter", self.path, self.kept, *command)
 
 
@@ -94,7 +95,7 @@ def how_apt_downloads() -> str:
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def clean_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRoot]:
     if not shutil.which("debootstrap"):
-        pytest.skip("needs debootstrap: apt install debootstrap")
+        pytest.skip("needs debootstrap: run scripts/bootstrap --test")
     path = tmp_path_factory.mktemp(request.param) / "root"
     try:
         yield CleanRoot(request.param, path)
