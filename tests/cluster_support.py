@@ -145,12 +145,13 @@ def acl_line(password: str) -> str:
 
 def make_authority(home: Path, name: str) -> None:
     subject = ["-subj", f"/CN={name}", "-days", "2", "-keyout", f"{home}/{name}-key.pem", "-out", f"{home}/{name}.pem"]
-    _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *subject)
+    may = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]  # Python 3.13 asks for that
+    _openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *subject, *may)
 
 
 def make_certificate(home: Path, name: str, authority: str = "ca") -> None:
     request, extension = home / f"{name}.csr", home / f"{name}.ext"
-    extension.write_text("subjectAltName=DNS:localhost\n")
+    extension.write_text("subjectAltName=DNS:localhost\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n")
     new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"]
     _openssl("req", *new, "-keyout", f"{home}/{name}-key.pem", "-out", str(request))
     by = ["-CA", f"{home}/{authority}.pem", "-CAkey", f"{home}/{authority}-key.pem", "-CAcreateserial", "-days", "2"]

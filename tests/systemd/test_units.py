@@ -74,7 +74,8 @@ def test_the_units_are_as_safe_as_the_page_says(root: Path) -> None:
     said = dict(re.findall(r"^\| `(blockferry-\w+@\.service)` \|.*\| (\d+\.\d) \|$", PAGE.text, re.MULTILINE))
     assert said.keys() == set(units.TEMPLATES)
     for template, figure in said.items():
-        assert exposure(instance(root, template)) == pytest.approx(float(figure), abs=0.11), template
+        # systemd 257 has weights of its own, and finds all of them a little safer than 252 does.
+        assert float(figure) - 0.31 < exposure(instance(root, template)) < float(figure) + 0.11, template
 
 
 @needs_systemd

@@ -1,0 +1,114 @@
+"""The demo and the tests work on a Debian that has nothing but what scripts/bootstrap gets.
+
+A root is made by debootstrap, and taken away afterwards. What was downloaded for it stays in .tools/clean, so that the
+next one is made quickly. It has this machine's devices and network, and what is committed of this checkout. Commands
+run there with mounts and processes of their own, which end with them whatever happens.
+
+`BLOCKFERRY_TEST_CLEAN="tests/core tests/used"` has fewer tests run there than all but those in guests.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands_support import run
+
+CHECKOUT = Path(__file__).parents[2]
+ARGUMENTS = ["-m", "not vm", *shlex.split(os.environ.get("BLOCKFERRY_TEST_CLEAN", ""))]
+NETWORK = ("etc/resolv.conf", "etc/hosts", "usr/local/share/ca-certificates")
+ENTER = r"""
+set -eu
+root=$1 kept=$2
+shift 2
+mount --bind "$root" "$root"  # a root is a mount
+mount --rbind /dev "$root/dev"
+mount --rbind /sys "$root/sys"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/tmp"
+mount --bind "$kept/archives" "$root/var/cache/apt/archives"
+mount --bind "$kept/pip" "$root/root/.cache/pip"
+
+# The kernel keeps those of a test that was killed.
+detach_loop_devices() {
+    losetup --list --noheadings --output NAME,BACK-MAJ:MIN | while read -r device filesystem; do
+        [ "$filesystem" != "$(mountpoint -d "$root/tmp")" ] || losetup --detach "$device"
+    done
+}
+trap detach_loop_devices EXIT
+trap 'exit 143' TERM
+chroot "$root" env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    sh -c 'cd /root/blockferry && exec "$@"' sh "$@" &
+wait $!
+"""
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(3 * 3600)]
+
+
+class CleanRoot:
+    """A minimal Debian in a directory, with a clone of this checkout."""
+
+    def __init__(self, suite: str, path: Path) -> None:
+        self.path = path
+        self.kept = CHECKOUT / ".tools" / "clean" / suite
+        for name in ("archives/partial", "pip"):
+            (self.kept / name).mkdir(parents=True, exist_ok=True)
+        mirror, sources = sources_of(suite)
+        run("debootstrap", "--variant=minbase", f"--cache-dir={self.kept / 'archives'}", suite, path, mirror)
+        (path / "etc/apt/sources.list").write_text(sources)
+        (path / "etc/apt/apt.conf.d/network").write_text(how_apt_downloads())
+        for each in NETWORK:
+            if Path("/", each).exists():
+                run("cp", "-rLT", Path("/", each), path / each)
+        (path / "root/.cache/pip").mkdir(parents=True)
+        run("git", "clone", "--quiet", CHECKOUT, path / "root/blockferry")
+
+    def run(self, *command: str) -> str:
+        """Run a command in the checkout there; an AssertionError with all that it printed if it fails."""
+        apart = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=TERM")
+        return run(*apart, "--", "bash", "-c", ENTER, "enter", self.path, self.kept, *command)
+
+
+def sources_of(suite: str) -> tuple[str, str]:
+    """Return a Debian suite's mirror, and its sources.list: this machine's with the other name."""
+    mine = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    wanted = ("--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages", "Origin: Debian", "Component: main")
+    known = [line.split() for line in run("apt-get", "indextargets", *wanted).splitlines()]
+    mirrors = [uri for uri, release in known if release == mine]
+    if not mirrors:
+        pytest.skip("apt names no mirror of Debian: run apt-get update, on Debian")
+    return mirrors[0], "".join(f"deb {uri} {release.replace(mine, suite)} main\n" for uri, release in known)
+
+
+def how_apt_downloads() -> str:
+    """Return this machine's settings for that: proxies, what is believed of a mirror."""
+    settings = run("apt-config", "dump").splitlines(keepends=True)
+    return "".join(line for line in settings if line.startswith("Acquire::") and "::IndexTargets" not in line)
+
+
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+def clean_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRoot]:
+    if not shutil.which("debootstrap"):
+        pytest.skip("needs debootstrap: run scripts/bootstrap --test")
+    path = tmp_path_factory.mktemp(request.param) / "root"
+    try:
+        yield CleanRoot(request.param, path)
+    finally:
+        shutil.rmtree(path)
+
+
+def test_the_demo_works_where_only_bootstrap_was_run(clean_root: CleanRoot) -> None:
+    clean_root.run("scripts/bootstrap")
+    shown = clean_root.run("scripts/demo")
+    assert shown.count("e2fsck finds it clean") == shown.count("xfs_repair finds it clean") == 2
+
+
+def test_the_tests_pass_where_only_bootstrap_was_run(clean_root: CleanRoot) -> None:
+    clean_root.run("scripts/bootstrap", "--test")
+    assert " passed" in clean_root.run("scripts/test", *ARGUMENTS)
