@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HEAD = 1 << 20
 """What is written last: all that blkid looks for at the start of a volume lies below (btrfs at 64 KiB is the last)."""
+HALF_RESTORED = b"blockferry: half restored"
+"""What a target begins with while a hot restore has not brought everything to it."""
 
 _ZEROS = bytes(1 << 20)
 
@@ -320,13 +322,17 @@ def _claim(path: str, held: contextlib.ExitStack, access: int = os.O_RDONLY) -> 
 def _signatures(path: str) -> list[str]:
     """Return the kinds of every filesystem, partition table and the like on a device, as `wipefs` names them.
 
+    A hot restore that was not completed is one of them: what was written to it since may be nowhere else.
+
     `blkid` answers nothing at all where it finds several that contradict each other.
     """
     command = [find("wipefs"), "--no-act", "--noheadings", "--output", "TYPE", "--", path]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise TargetError(f"{path}: cannot be looked at: {done.stderr.strip()}")
-    return sorted(set(done.stdout.split()))
+    with explained(path, "reading the head"), open(path, "rb", buffering=0) as file:
+        half = ["a hot restore that is not complete"] if file.read(len(HALF_RESTORED)) == HALF_RESTORED else []
+    return [*sorted(set(done.stdout.split())), *half]
 
 
 def _read_head(path: str, descriptor: int, size: int) -> bytearray:

@@ -106,6 +106,21 @@ def test_two_restores_do_not_get_in_each_other_s_way(depot: Depot, restore: Hot,
     assert other.attach("--force")["target"] == str(restore.target)
 
 
+@pytest.mark.parametrize("depot", ["restic"], indirect=True)
+def test_a_restore_that_is_remembered_no_more_is_not_written_over(restore: Hot, attach: Attach, tmp_path):
+    """What was written to it since is nowhere else."""
+    file = sized(tmp_path / "disk.img", 40 * MIB)
+    restore.target = attach(file)
+    restore.attach("--rate", "0")
+    restore.detach("--forget")
+    begun = file.read_bytes()
+    restore.try_to_attach().refused(1, "holds a hot restore that is not complete", "--force")
+    restore.depot.ferry("restore", "latest", restore.target).refused(1, "holds a hot restore", "--force")
+    assert file.read_bytes() == begun
+    restore.attach("--force", "--rate", "0")
+    restore.detach()
+
+
 @pytest.mark.parametrize("depot", ["borg"], indirect=True)
 def test_another_disk_under_the_same_name_is_not_gone_on_with(restore: Hot, attach: Attach, tmp_path):
     file = sized(tmp_path / "disk.img", 40 * MIB)

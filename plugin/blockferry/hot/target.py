@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blockferry import kernel
 from blockferry.errors import BlockferryError, TargetError
-from blockferry.target import HEAD, claimed_device, existing_file, explained
+from blockferry.target import HALF_RESTORED, HEAD, claimed_device, existing_file, explained
 
 _ZEROS = bytes(1 << 20)
 _SECTOR = 512
@@ -267,7 +267,7 @@ def bears(path: str, mark: str) -> bool:
 
 def _marked(mark: str, length: int) -> bytes:
     """Return what a target begins with until its head is there."""
-    return f"blockferry: half restored, by the hot restore {mark}\n".encode().ljust(length, b"\0")[:length]
+    return (HALF_RESTORED + f", by the hot restore {mark}\n".encode()).ljust(length, b"\0")[:length]
 
 
 def _refuse_another(path: str, target: int, head: Path, mark: str) -> None:
