@@ -42,7 +42,9 @@ def systemd(expression: str, base: Moment = BASE, count: int = 3) -> list[Moment
     )
     if done.returncode:
         return None
-    found = re.findall(r"^ *(?:Next elapse|Iter\. #\d+): \w+ (\d+-\d+-\d+ \d+:\d+:\d+) UTC$", done.stdout, re.MULTILINE)
+    found = re.findall(
+        r"^ *(?:Next elapse|Iter\S* #\d+): \w+ (\d+-\d+-\d+ \d+:\d+:\d+) UTC$", done.stdout, re.MULTILINE
+    )
     assert found or "never" in done.stdout, done.stdout
     return [Moment.fromisoformat(each) for each in found]
 
