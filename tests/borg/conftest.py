@@ -17,15 +17,8 @@ Make = Callable[..., Place]
 Open = Callable[[Place], object]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What takes long is tried with the newest series day by day, and with all of them by `tox -e thorough`.
-    for item in items:
-        if item.get_closest_marker("slow") and "[1.2" in item.nodeid and "tests/borg/" in item.nodeid:
-            item.add_marker(pytest.mark.thorough)
-
-
-@pytest.fixture(params=["1.2", "1.4"])
+# Day by day with the newest series: what is not the adapter's own matter runs on the system's borg anyway.
+@pytest.fixture(params=[pytest.param("1.2", marks=pytest.mark.thorough), "1.4"])
 def series(request: pytest.FixtureRequest) -> str:
     """Each series of borg that the worker knows."""
     reason = missing(request.param)

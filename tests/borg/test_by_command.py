@@ -45,7 +45,9 @@ class SecondPlace(Place):
         self.run("check", "--verify-data")
 
 
-@pytest.fixture(params=["1.2", "1.4", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[pytest.param("1.2", marks=pytest.mark.thorough), "1.4", pytest.param("2", marks=pytest.mark.slow)]
+)
 def place(request, tmp_path, monkeypatch):
     """A repository of a borg that is no Python script, and one of borg 2."""
     series = request.param
@@ -157,6 +159,7 @@ def test_a_locked_repository_is_a_reason_to_come_again(place, open_repository, m
 
 
 @pytest.mark.parametrize("way", [MountedImage, ExtractedImage])
+@pytest.mark.thorough
 def test_an_image_is_read_from_a_mount_or_else_as_a_stream(way, place, open_repository, monkeypatch):
     if way is ExtractedImage:
         monkeypatch.setenv("BORG_FUSE_IMPL", "none")

@@ -16,7 +16,7 @@ import cluster_load
 from cluster_dask_support import copied_by_dask
 from cluster_hosts_support import SharingHost, back_up, instant_of, sharing, writes_of
 from cluster_support import running_redis
-from commands_support import Depot
+from commands_support import Depot, restic_first
 from hot_hosts_support import hosts as namespaces
 
 pytestmark = pytest.mark.root
@@ -91,6 +91,7 @@ def test_what_comes_back_is_the_instant(depot: Depot, cluster: Cluster, tmp_path
     depot.check()
 
 
+@restic_first
 def test_one_host_alone_needs_no_server(depot: Depot, volume: str, tmp_path: Path):
     before = Path(volume).read_bytes()
     with sharing(1, tmp_path, volume, f"sqlite://{tmp_path / 'index.sqlite'}") as hosts:

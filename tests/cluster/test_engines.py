@@ -45,11 +45,12 @@ def back_up(depot: Depot, hosts: list[SharingHost], tmp_path: Path, *options: ob
 
 
 @pytest.mark.parametrize("depot", [pytest.param("borg", marks=pytest.mark.thorough), "restic"], indirect=True)
+@pytest.mark.thorough
 def test_processes_of_one_host_copy_a_share_each(depot: Depot, hosts: list[SharingHost], tmp_path: Path):
     assert back_up(depot, hosts, tmp_path, "--processes", "3")["shares"] == 3
 
 
-@pytest.mark.parametrize("depot", ["borg", pytest.param("restic", marks=pytest.mark.thorough)], indirect=True)
+@pytest.mark.thorough
 def test_every_host_copies_a_share(depot: Depot, hosts: list[SharingHost], scheduler: Scheduler, tmp_path: Path):
     workers = Workers(depot, hosts, scheduler)
     try:

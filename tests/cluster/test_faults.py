@@ -98,6 +98,7 @@ def test_the_coordinator_is_killed(depot: Depot, hosts: list[SharingHost], tmp_p
     trouble.one_more_is_right()
 
 
+@pytest.mark.thorough
 def test_one_host_is_cut_off(depot: Depot, tmp_path: Path, volume: str):
     with namespaces(3, hidden=()) as (server, *spaces):
         settings = [f"bind {server.address}", "port 6379", "protected-mode no"]

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 60 * ROUNDS)]
 CHECK = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}
 
 
-@pytest.fixture(params=CHECK)
+@pytest.fixture(params=["ext4", pytest.param("xfs", marks=pytest.mark.thorough)])
 def filesystem(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -113,6 +113,11 @@ class Kept:
         return target.read_bytes()
 
 
+with_restic_first = pytest.mark.parametrize(
+    "original", ["restic", pytest.param("borg", marks=pytest.mark.thorough)], indirect=True
+)
+
+
 @pytest.fixture(scope="module", params=["borg", "restic"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Depot, MadeSet]:
     depot = new_depot(request.param, tmp_path_factory.mktemp("sets") / "repository")
@@ -189,6 +194,7 @@ def test_a_share_that_a_set_needs_is_not_deleted_and_a_lost_one_is_named(kept: K
     assert depot.archives() == []
 
 
+@with_restic_first
 def test_what_a_failed_backup_leaves_is_listed_as_incomplete_and_deleted(kept: Kept):
     depot, made = kept.depot, kept.made
     record = common_record(SIZE, kept.repository.unit(SIZE))
@@ -209,6 +215,7 @@ def test_what_a_failed_backup_leaves_is_listed_as_incomplete_and_deleted(kept: K
     assert len(depot.archives()) == 1
 
 
+@with_restic_first
 def test_the_log_may_be_kept_in_a_repository_of_another_tool(kept: Kept, tmp_path, monkeypatch):
     depot, made = kept.depot, kept.made
     other = new_depot({"borg": "restic", "restic": "borg"}[depot.tool], tmp_path / "logs")

@@ -152,7 +152,7 @@ def test_a_damaged_archive_is_named_and_leaves_no_target(depot: Depot, image, tm
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("tool", ["borg", "restic"])
+@pytest.mark.parametrize("tool", ["borg", pytest.param("restic", marks=pytest.mark.thorough)])
 def test_a_full_repository_disk(tool, image, mount, tmp_path):
     small = tmp_path / "small.img"
     run("truncate", "-s", "48M", small)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, blockferry, command, run
+from commands_support import Depot, blockferry, command, restic_first, run
 
 ROUNDS = int(os.environ.get("BLOCKFERRY_TEST_KILLS", "1"))
 
@@ -40,8 +40,17 @@ def mounts(volume: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "victim",
-    ["blockferry", "tool", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("terminate", "interrupt"))],
+    ("depot", "victim"),
+    [
+        pytest.param(
+            tool,
+            victim,
+            marks=[] if (tool, victim) in {("borg", "tool"), ("restic", "blockferry")} else pytest.mark.thorough,
+        )
+        for tool in ("borg", "restic")
+        for victim in ("blockferry", "tool", "terminate", "interrupt")
+    ],
+    indirect=["depot"],
 )
 def test_whoever_is_killed_nothing_looks_complete(depot: Depot, tmp_path, victim):
     image = tmp_path / f"noise-{os.getpid()}-{victim}.img"
@@ -105,6 +114,7 @@ def wait_until_gone(family: list[int]) -> None:
         time.sleep(0.05)
 
 
+@restic_first
 def test_a_killed_restore_leaves_no_target_that_looks_complete(depot: Depot, tmp_path):
     image, target = tmp_path / "noise.img", tmp_path / "back.img"
     image.write_bytes(os.urandom(96 << 20))

@@ -15,6 +15,7 @@ from conftest import Attach
 pytestmark = pytest.mark.root
 
 
+@pytest.mark.thorough
 def test_it_runs_within_borgmatics_hooks_and_keeps_as_many_as_its_volume_says(
     job: Job, volume: Path, tmp_path: Path, attach: Attach
 ) -> None:

@@ -33,7 +33,7 @@ UNIT = 4 * BLOCK
 SIZE = 8 * UNIT
 EXAMPLES, STEPS = 70, 50
 """Of one search; as many are made as it takes."""
-AT_LEAST = int(os.environ.get("BLOCKFERRY_TEST_STEPS", "4000"))
+AT_LEAST = int(os.environ.get("BLOCKFERRY_TEST_STEPS", "2500"))
 """Steps."""
 
 CAPABILITIES = [frozenset(), frozenset({"reuse"}), frozenset({"reuse", "merge"})]

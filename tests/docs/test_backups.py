@@ -41,6 +41,7 @@ def in_etc(script: str) -> str:
     return f"for each in /etc/systemd/system /etc/tmpfiles.d; do mount -t tmpfs tmpfs $each; done\n{script}"
 
 
+@pytest.mark.thorough
 def test_only_what_changed(host: Path, depot: Depot, files: Path) -> None:
     track, part, of_a_set, prune = Page("changes.md").blocks()
     with filesystem("xfs", host) as store:
@@ -107,6 +108,7 @@ def data(host: Path, attach: Attach, mount: Mount) -> Iterator[tuple[str, Path]]
     yield device, place
 
 
+@pytest.mark.thorough
 def test_groups_there_and_back(host: Path, depot: Depot, data: tuple[str, Path]) -> None:
     device, place = data
     define, groups, restore = Page("groups-define.md"), Page("groups.md"), Page("groups-restore.md")

@@ -117,6 +117,7 @@ def test_a_host_of_virtual_machines(host: Path, files: Path, monkeypatch: pytest
             blockferry("detach", each["name"], "--force", "--forget")
 
 
+@pytest.mark.thorough
 def test_a_database_directory(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BORG_PASSPHRASE", "secret")
     repository = host / "srv" / "backup" / "borg"

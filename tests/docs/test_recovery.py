@@ -124,6 +124,7 @@ def test_borg_mount_shows_single_files_of_the_volume(tmp_path: Path, borg_places
     assert "file 7\n" in printed
 
 
+@pytest.mark.thorough
 def test_borg_2_extract_writes_the_volume_over_a_used_device(
     volume: Path, worn_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, new_depot, run
+from commands_support import Depot, new_depot, restic_first, run
 from export_support import MIB, SEGMENT, Host, job
 from pages_support import Page, run_shell
 
@@ -58,6 +58,7 @@ def run_page(script: str, depot: Depot, host: Host, places: dict[str, object]) -
     return run_shell(script, own | places, env=depot.env | host.env)
 
 
+@restic_first
 def test_the_second_run_reads_only_segments_that_changed_and_all_comes_back(
     depot: Depot, host: Host, volume: Path, tmp_path: Path
 ) -> None:

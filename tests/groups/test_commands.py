@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from changed_support import why_no_bpftrace
-from commands_support import Depot, blockferry, borg_first, new_depot, run
+from commands_support import Depot, blockferry, borg_first, new_depot, restic_first, run
 from groups_disks_support import filesystem
 
 pytestmark = pytest.mark.root
@@ -67,6 +67,7 @@ def test_a_group_is_backed_up_by_its_name_and_comes_back(disk: Path, depot: Depo
     depot.check()
 
 
+@restic_first
 def test_since_none_reads_everything_and_since_a_snapshot_what_is_not_in_that(disk: Path, depot: Depot) -> None:
     env = configured(disk, depot, mail=f"paths: [{disk}/mail]")
     first = blockferry("backup", "mail", "--json", env=env).json()
@@ -83,6 +84,7 @@ def sectors_read(disk: Path) -> int:
     return int(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()[2])
 
 
+@pytest.mark.thorough
 def test_groups_that_are_due_together_share_one_read_of_what_both_have(tmp_path: Path, disk: Path) -> None:
     depot = new_depot("restic", tmp_path / "repository")
     shared = disk / "both" / "large"

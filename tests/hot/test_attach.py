@@ -193,6 +193,7 @@ def _settled(restore: Hot) -> int:
 
 
 @borg_first
+@pytest.mark.thorough
 def test_a_part_is_attached_too(depot: Depot, small, files, hot, attach: Attach, tmp_path):
     device = attach(small)
     assert depot.ferry("backup", device, "--name", "volume").code == 0

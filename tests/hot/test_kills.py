@@ -135,7 +135,9 @@ def kill(numbers: list[int]) -> None:
             os.kill(number, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("tool", "kind"), [("borg", "ext4"), ("restic", "xfs")])
+@pytest.mark.parametrize(
+    ("tool", "kind"), [pytest.param("borg", "ext4", marks=pytest.mark.thorough), ("restic", "xfs")]
+)
 def test_what_was_synced_survives_every_kill(tool, kind, images, files, hot, tmp_path):
     Rounds(tool, kind, images, files, hot, tmp_path).play()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import PASSPHRASE, Depot, run
+from commands_support import PASSPHRASE, Depot, borg_first, restic_first, run
 from hot_support import MIB, Hot, unmount
 from sshd_support import PROGRAM, Sshd
 
@@ -81,6 +81,7 @@ def in_background(work) -> tuple[threading.Thread, list[object]]:
     return thread, found
 
 
+@borg_first
 def test_a_repository_that_comes_back_is_waited_for(restore: Hot, noise):
     restore.attach(*SLOWLY)
     content = noise.read_bytes()
@@ -101,6 +102,7 @@ def test_a_repository_that_comes_back_is_waited_for(restore: Hot, noise):
     assert filecmp.cmp(noise, restore.target, shallow=False)
 
 
+@restic_first
 def test_patience_ends_and_the_volume_stays(restore: Hot, noise):
     restore.attach(*SLOWLY, "--patience", "2")
     content = noise.read_bytes()
@@ -124,6 +126,7 @@ def test_patience_ends_and_the_volume_stays(restore: Hot, noise):
     assert restore.status()["unreadable"] == []
 
 
+@restic_first
 def test_a_detach_does_not_wait_for_a_repository_that_is_away(restore: Hot):
     restore.attach(*SLOWLY)
     with away(restore):
@@ -136,6 +139,7 @@ def test_a_detach_does_not_wait_for_a_repository_that_is_away(restore: Hot):
     restore.wait_until_finished()
 
 
+@pytest.mark.thorough
 def test_a_connection_that_breaks_is_made_again(noise, hot, tmp_path, monkeypatch):
     if not PROGRAM.exists():
         pytest.skip("needs sshd: install openssh-server")

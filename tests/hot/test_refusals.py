@@ -84,6 +84,7 @@ def test_a_wrong_passphrase_is_refused(restore: Hot):
 
 
 @pytest.mark.parametrize("depot", ["borg"], indirect=True)
+@pytest.mark.thorough
 def test_two_restores_do_not_get_in_each_other_s_way(depot: Depot, restore: Hot, hot, tmp_path):
     restore.attach("--rate", "1M", "--threads", "1")
     other = hot(depot, restore.target)

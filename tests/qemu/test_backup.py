@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands_support import Depot, blockferry, command, new_depot, run
+from commands_support import Depot, blockferry, command, new_depot, restic_first, run
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -35,6 +35,7 @@ def guest(machine, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("machine", ["qcow2"], indirect=True)
+@restic_first
 def test_a_running_machines_disk_comes_back(depot: Depot, machine, guest, tmp_path):
     stored = depot.ferry("backup", machine.name, "--name", "vm", "--json").json()
     assert stored["tier"] == "used"

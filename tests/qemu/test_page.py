@@ -57,6 +57,7 @@ def back_up(depot: Depot, directory: Path) -> str:
 
 
 @pytest.mark.root
+@pytest.mark.thorough
 def test_a_disk_is_backed_up_and_its_bitmap_removed(directory: Path, places: dict[str, object], depot: Depot) -> None:
     if not shutil.which("qemu-system-x86_64"):
         pytest.skip("needs qemu-system-x86: scripts/bootstrap --test installs it")

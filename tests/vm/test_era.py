@@ -75,6 +75,7 @@ def test_every_write_to_a_mounted_xfs_is_in_the_answer(make: Make, mount: Mount)
     check(changed(era, DEVICE, since), before, contents(DEVICE), most=0.8)
 
 
+@pytest.mark.thorough
 def test_any_earlier_checkpoint_can_be_asked_for_while_somebody_writes(make: Make) -> None:
     block = 24 * 1024  # not a power of two
     make(block)

@@ -225,6 +225,7 @@ def test_who_uses_a_device_has_it_whatever_becomes_of_the_guard(
     assert unguarded_hosts(index, VOLUME) == []
 
 
+@pytest.mark.thorough
 def test_what_was_killed_in_the_path_is_led_past_it_by_the_next(host: SharingHost, index: LogIndex) -> None:
     host.start()
     is_led(host, "direct")

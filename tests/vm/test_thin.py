@@ -53,6 +53,7 @@ def snapshots() -> list[str]:
     return run("lvs", "--noheadings", "--options", "lv_name", "--select", "lv_tags=blockferry-checkpoint").split()
 
 
+@pytest.mark.thorough
 def test_every_write_to_a_mounted_filesystem_is_in_the_answer(volume: str, mount: Mount) -> None:
     run("mkfs.ext4", "-q", volume)
     first, image_1 = begin(thin, volume, "000000000001"), contents(volume)
