@@ -65,6 +65,8 @@ def backup(
 ) -> None:
     """Store VOLUME, in front of which every host that writes to it has a guard, as it is at one instant.
 
+    VOLUME is a path, or the name of a volume in the configuration.
+
     \b
     Example:
       blockferry cluster backup /dev/mapper/lun0 --index redis://10.0.0.5/0 --repo restic:/srv/backup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from blockferry.repository import Repository
 
 
-class ForeignTool:
+class ForeignTool(abc.ABC):
     """A plugin that opens the repositories of a tool's file, and makes backups as that tool's jobs."""
 
     tool: ClassVar[str]
@@ -46,9 +47,9 @@ class ForeignTool:
         jobs = importlib.import_module(f"blockferry.config.{self.tool}_job")
         return cast("Job", jobs.run_job(self.manager, named, environment, volume, store))
 
+    @abc.abstractmethod
     def open(self, named: ForeignReference, environment: Mapping[str, str]) -> Repository:
         """Open a repository with the tool's credentials; UsageError if there is not exactly one that is meant."""
-        raise NotImplementedError
 
     def _meant(self, reference: str) -> ForeignReference | None:
         return ForeignReference.parse(reference) if reference.startswith(f"{self.tool}:") else None
