@@ -111,8 +111,7 @@ def unmounted(point: Path) -> bool:
 
 def ours_on(point: Path) -> bool:
     """Tell whether what is mounted on a directory, if anything is, is a tree of ours."""
-    found = [mount.filesystem for mount in all_mounts() if mount.point == os.fspath(point)]
-    return bool(found) and found[-1] == "fuse.blockferry"
+    return _mounted_on(point)[-1:] == ["fuse.blockferry"]
 
 
 @contextlib.contextmanager
@@ -220,7 +219,7 @@ def _sweep(root: Path) -> None:
 def _clear(directory: Path) -> None:
     """Unmount and remove a mount's directory; what cannot be removed yet is left for the next sweep."""
     point = directory / "tree"
-    if _is_mounted(point):
+    if _mounted_on(point):
         _unmount(point)
     try:
         if point.exists():
@@ -230,12 +229,12 @@ def _clear(directory: Path) -> None:
         log.debug("%s: left for later: %s", directory, error)
 
 
-def _is_mounted(point: Path) -> bool:
-    """Tell whether something is mounted, be its server alive or dead (ENOTCONN)."""
-    try:
-        return point.is_mount()
-    except OSError:
-        return True
+def _mounted_on(point: Path) -> list[str]:
+    """Return the types of what is mounted on a directory, the uppermost last, be their servers alive or dead.
+
+    The kernel's list is asked: looking at a dead one fails, which Path.is_mount hides since Python 3.12.
+    """
+    return [mount.filesystem for mount in all_mounts() if mount.point == os.fspath(point)]
 
 
 def _fusermount() -> str:
