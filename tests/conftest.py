@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,12 @@ from commands_support import Depot, new_depot
 
 Attach = Callable[..., str]
 Mount = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C reach what tests start: whom a shell runs in the background ignores it, and that is inherited."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
