@@ -92,10 +92,10 @@ def test_only_looking(host: Path, depot: Depot) -> None:
 
 def test_another_host_has_certificates_and_copies_the_disk(host: Path, depot: Depot, disk: Path) -> None:
     page = Page("hot-restore-hosts.md")
-    authority, server, client, _by_qemu, copy = page.blocks()  # that by QEMU is run where there is NBD: tests/vm
+    authority, server, client, *_as_a_device, copy = page.blocks()  # those are run where there is NBD: tests/vm
     tls, place = host / "tls", f"127.0.0.1:{free_port()}"
     run_shell(authority + server + client, {"/etc/blockferry/tls": tls, "10.0.0.5": "127.0.0.1"})
-    session, _nbd_client = [block for block in blocks_of(page.name) if block.language == "text"]
+    (session,) = [block for block in blocks_of(page.name) if block.language == "text"]
     places = {
         "/dev/sdb": disk,
         "borg:ssh://nas/./volumes": depot.reference,

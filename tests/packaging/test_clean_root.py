@@ -1,4 +1,4 @@
-"""The demo and the tests work on a Debian that has nothing but what scripts/bootstrap gets.
+"""On a Debian that has nothing a disk comes back; with what scripts/bootstrap gets the demo and the tests work.
 
 A root is made by debootstrap, and taken away afterwards. What was downloaded for it stays in .tools/clean, so that the
 next one is made quickly. It has this machine's devices and network, and what is committed of this checkout. Commands
@@ -13,12 +13,15 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from commands_support import run
+from commands_support import PASSPHRASE, new_depot, run
+from conftest import Attach
+from pages_support import Page, with_places
 
 CHECKOUT = Path(__file__).parents[2]
 ARGUMENTS = ["-m", "not vm", *shlex.split(os.environ.get("BLOCKFERRY_TEST_CLEAN", ""))]
@@ -62,7 +65,7 @@ class CleanRoot:
         mirror, sources = sources_of(suite)
         run("debootstrap", "--variant=minbase", f"--cache-dir={self.kept / 'archives'}", suite, path, mirror)
         (path / "etc/apt/sources.list").write_text(sources)
-        (path / "etc/apt/apt.conf.d/network").write_text(how_apt_downloads())
+        (path / "etc/apt/apt.conf.d/network").write_text(how_apt_downloads() + 'APT::Get::Assume-Yes "true";\n')
         for each in NETWORK:
             if Path("/", each).exists():
                 run("cp", "-rLT", Path("/", each), path / each)
@@ -101,6 +104,45 @@ def clean_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield CleanRoot(request.param, path)
     finally:
         shutil.rmtree(path)
+
+
+def test_a_disk_comes_back_in_a_rescue_system(
+    clean_root: CleanRoot, files: Path, attach: Attach, tmp_path: Path
+) -> None:
+    """By the lines of docs/howto-bare-metal.md, and sfdisk, which live images have: nothing was bootstrapped there."""
+    clean_root.run("sh", "-c", "apt-get -qq update && apt-get -qq install fdisk")
+    run(sys.executable, "-m", "hatchling", "build", "-d", clean_root.path / "root", "-t", "wheel", cwd=CHECKOUT)
+    disk = disk_of(files, tmp_path / "disk.img")
+    depot = new_depot("borg", clean_root.path / "root/volumes")
+    assert depot.ferry("backup", disk).code == 0
+    page = Page("howto-bare-metal.md")
+    look, in_time, at_once, done = (
+        block
+        for below in ("In the rescue system", "If there is time", "If there is none")
+        for block in page.blocks(below=below)
+    )
+    complete = "until blockferry status sdb --json | grep -q '\"complete\"'; do sleep 1; done\n"
+    for script in (page.block("text", "In the rescue system") + look, in_time, at_once + complete + done):
+        run("truncate", "-s", "80M", new := tmp_path / "new.img")
+        device = attach(new)
+        places = {"/dev/sdb": device, "borg:ssh://nas/./volumes": "borg:/root/volumes"}
+        inside = with_places(f"cd /root\n{script}", {each: places[each] for each in places if each in script})
+        shown = clean_root.run("env", f"BORG_PASSPHRASE={PASSPHRASE}", "sh", "-euxc", inside)
+        if device in inside:
+            run("e2fsck", "-fn", f"{new}?offset={1 << 20}")
+            assert run("debugfs", "-R", "cat /text", f"{new}?offset={1 << 20}") == (files / "text").read_text()
+        new.unlink()
+    assert "\ntext\n" in shown
+
+
+def disk_of(files: Path, path: Path) -> Path:
+    """Make a disk with a partition with files on it."""
+    run("truncate", "-s", "80M", path)
+    run("sfdisk", "--quiet", path, input="label: gpt\nstart=2048, size=64M\n")
+    run("truncate", "-s", "64M", path.with_suffix(".part"))
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", files, path.with_suffix(".part"))
+    run("dd", f"if={path.with_suffix('.part')}", f"of={path}", "bs=1M", "seek=1", "conv=notrunc", "status=none")
+    return path
 
 
 def test_the_demo_works_where_only_bootstrap_was_run(clean_root: CleanRoot) -> None:

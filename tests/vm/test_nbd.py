@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ pytestmark = [pytest.mark.root, pytest.mark.thorough, pytest.mark.timeout(1200)]
 PORT = "10809"
 
 
-def test_qemu_shows_the_disk_as_a_device(tmp_path: Path) -> None:
-    authority, server, client, by_qemu, _copy = Page("hot-restore-hosts.md").blocks()
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Path]:
+    """Serve a volume with a letter on it that is not brought back yet; return a directory with the certificates."""
+    authority, server, client, *_commands = Page("hot-restore-hosts.md").blocks()
     files, tls = tmp_path / "files", tmp_path / "tls"
     for each in (files, tmp_path / "mnt"):
         each.mkdir()
@@ -30,10 +33,16 @@ def test_qemu_shows_the_disk_as_a_device(tmp_path: Path) -> None:
     # Were all brought in, the disk would be its target's by now, and its process gone.
     assert depot.ferry("attach", "latest", tmp_path / "new.img", "--name", "mail", "--rate", "0").code == 0
     try:
-        served = blockferry("serve", "mail", "--listen", f"127.0.0.1:{PORT}", "--tls", tls)
-        assert served.code == 0, served.err
-        places = {"10.0.0.5": "127.0.0.1", "/mnt": tmp_path / "mnt"}
-        assert "letter\n" in run_shell(f"cd {tmp_path}\n{by_qemu}", places)
+        listening = blockferry("serve", "mail", "--listen", f"127.0.0.1:{PORT}", "--tls", tls)
+        assert listening.code == 0, listening.err
+        yield tmp_path
     finally:
         subprocess.run(["qemu-nbd", "--disconnect", "/dev/nbd0"], check=False, capture_output=True)
         blockferry("detach", "mail", "--force", "--forget")
+
+
+def test_both_ways_show_the_disk_as_a_device(served: Path) -> None:
+    *_certificates, by_nbd_client, by_qemu, _copy = Page("hot-restore-hosts.md").blocks()
+    places = {"10.0.0.5": "127.0.0.1", "/mnt": served / "mnt"}
+    for way in (by_nbd_client, by_qemu):
+        assert "letter\n" in run_shell(f"cd {served}\n{way}", places)

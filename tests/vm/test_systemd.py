@@ -25,6 +25,7 @@ from blockferry.service import NobodyThereError
 from blockferry.systemd import units
 from changed_support import Asked, why_no_bpftrace
 from commands_support import PASSPHRASE, blockferry, command, new_depot, run
+from pages_support import Page, run_shell, with_places
 from udev_support import disks
 
 pytestmark = [pytest.mark.root, pytest.mark.thorough, pytest.mark.timeout(1200)]
@@ -244,9 +245,11 @@ def test_a_guard_keeps_its_volume_mounted_whatever_becomes_of_it(home: Home, tmp
 def test_a_tracker_notes_what_is_written(home: Home) -> None:
     if why := why_no_bpftrace():
         pytest.fail(why)
+    _install_them, enable = Page("tracking-bpf.md").blocks(below="From boot on")[0].splitlines()
+    assert Page("howto-disk.md").blocks("text")[0] == with_places(f"{enable}\n", {"/dev/vg/home": "/dev/sdb1"})
+    run_shell(enable, {"/dev/vg/home": home.device})
     instance = run("systemd-escape", "--path", home.device).strip()
     service = units.TRACK.replace("@", f"@{instance}")
-    run("systemctl", "enable", "--now", service)
     asked = Asked(tracker, Path(home.device))
     since = asked.checkpoint()
     (home.place / "tracked").write_bytes(os.urandom(1 << 20))
