@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from commands_support import run
 
 BORGMATIC = Path(sys.executable).with_name("borgmatic")
@@ -31,6 +33,14 @@ def _new_restic_repository() -> Path:
 def restic_repository(path: Path) -> Path:
     """Put a new restic repository, whose password is SECRET, at a path."""
     return Path(shutil.copytree(_new_restic_repository(), path))
+
+
+def autorestic() -> str:
+    """Return the path of a real autorestic, or skip: no registry of packages has it."""
+    found = shutil.which("autorestic")
+    if not found:
+        pytest.skip("autorestic is not installed: put one (1.8) on PATH")
+    return found
 
 
 @dataclasses.dataclass

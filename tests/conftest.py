@@ -20,9 +20,13 @@ Mount = Callable[..., Path]
 
 
 def pytest_configure() -> None:
-    """Have Ctrl-C reach what tests start: whom a shell runs in the background ignores it, and that is inherited."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Have signals that we are to ignore, by nohup or in a shell's background, reach what tests start.
+
+    What is ignored is inherited; a handler is not.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -93,7 +93,7 @@ class Worker:
         if not self._greeted:
             # Only now: whoever starts a worker has other things to do while it imports borg.
             self._greeted = True
-            self.receive()
+            self.receive(None if patience is None else patience + self.environment.lock_wait())
         if patience is not None:
             self._deadline = time.monotonic() + patience
             self._watcher = self._watcher or _started(self._watch, "borg watch")
@@ -112,10 +112,10 @@ class Worker:
             raise self.error(reply)
         return reply
 
-    def ask(self, **request: Any) -> Reply:
-        """Send a request and return the reply."""
+    def ask(self, *, patience: float | None = None, **request: Any) -> Reply:
+        """Send a request and return the reply; `patience` as for `receive`."""
         self.send(**request)
-        return self.receive()
+        return self.receive(patience)
 
     def error(self, reply: Reply) -> Exception:
         """Return the error that a reply carries."""

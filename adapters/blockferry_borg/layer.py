@@ -27,11 +27,11 @@ class OpenArchive:
         """Open items of an archive; raise DamagedSnapshotError if it is not of the form that we write."""
         self.worker = worker
         self.archive = archive
-        opened = worker.ask(op="open", archive=archive, items=list(items))
+        self._patience = worker.environment.read_patience()
+        opened = worker.ask(patience=self._patience, op="open", archive=archive, items=list(items))
         self.unit: int = opened["unit"]
         self.sizes: dict[str, int] = opened["sizes"]
         self._lock = threading.Lock()
-        self._patience = worker.environment.read_patience()
         self._count = 0
         self._unanswered = 0
         self._answered: dict[int, Exception | None] = {}
@@ -83,7 +83,7 @@ class OpenArchive:
         with self._lock:
             if self._unanswered:
                 raise self.damaged("was closed in the middle of a read")
-            self.worker.ask(op="close")
+            self.worker.ask(patience=self._patience, op="close")
 
 
 class ImageLayer(BaseLayer):

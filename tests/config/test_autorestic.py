@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ from blockferry.config.configuration import load_configuration
 from blockferry.config.reference import ForeignReference
 from blockferry.errors import UsageError
 from blockferry.manager import plugin_manager
-from commands_support import blockferry, run
-from config_support import SECRET, restic_repository
+from commands_support import blockferry, command, run
+from config_support import SECRET, autorestic, restic_repository
 
 FILE = """\
 version: 2
@@ -25,7 +28,7 @@ global: {all: {limit-upload: [100]}, forget: {keep-last: [1]}}
 locations:
   vm:
     from: [/etc]
-    to: Local-Disk
+    to: local-disk
     forget: prune
     options: {backup: {tag: [nightly]}}
     hooks:
@@ -35,7 +38,7 @@ locations:
       failure: ['echo failure >> PLACE/log']
       success: ['echo success >> log']
 backends:
-  Local-Disk: {type: local, path: ./repository, key: KEY, env: {restic_compression: max}}
+  local-disk: {type: local, path: ./repository, key: KEY, env: {restic_compression: max}}
 """
 
 
@@ -65,7 +68,7 @@ def test_a_backend_gives_what_restic_is_to_find(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
+BACKENDS = pytest.mark.parametrize(
     ("backend", "where"),
     [
         ("{type: s3, path: 's3.example/b', env: {aws_access_key_id: k}}", "s3:s3.example/b"),
@@ -78,9 +81,29 @@ def test_a_backend_gives_what_restic_is_to_find(tmp_path: Path) -> None:
         ("{type: local, path: ~/r}", str(Path.home() / "r")),
     ],
 )
+
+
+@BACKENDS
 def test_every_type_of_backend_has_its_place(tmp_path: Path, backend: str, where: str) -> None:
     file = write(tmp_path, text=f"version: 2\nbackends:\n  a: {backend}\n  b: {{type: local, path: x}}\n")
     assert environment(f"autorestic:{file}#A", NAS="nas")["RESTIC_REPOSITORY"] == where
+
+
+@pytest.mark.thorough
+@BACKENDS
+def test_a_real_autorestic_finds_the_same(
+    tmp_path: Path, backend: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAS", "nas")
+    file = write(tmp_path, text=f"version: 2\nbackends:\n  a: {backend}\nlocations: {{}}\n")
+    (tmp_path / ".autorestic.env").write_text(f"AUTORESTIC_A_RESTIC_PASSWORD={SECRET}\n")
+    (tmp_path / "restic").write_text(f"#!/bin/sh\nexec env -0 >{tmp_path}/told\n")
+    (tmp_path / "restic").chmod(0o755)
+    run(autorestic(), "--ci", "-c", file, "--restic-bin", tmp_path / "restic", "exec", "-b", "a", "--", "version")
+    told = dict(line.split("=", 1) for line in (tmp_path / "told").read_text().split("\0") if line)
+    ours = environment(f"autorestic:{file}", **os.environ)
+    assert (told["RESTIC_REPOSITORY"], told["RESTIC_PASSWORD"]) == (where, SECRET)
+    assert {name: told.get(name) for name in ours} == ours
 
 
 @pytest.mark.parametrize(
@@ -111,9 +134,7 @@ def test_a_location_called_like_the_volume_gives_hooks_tags_and_rules(tmp_path: 
     repository = restic_repository(tmp_path / "repository")
     file = write(tmp_path)
     stored = blockferry("--config", file, "backup", "vm", "--json").json()
-    environment = os.environ | {"RESTIC_PASSWORD": SECRET}
-    tagged = run("restic", "-r", repository, "snapshots", "--tag", "ar:location:vm,nightly", "--json", env=environment)
-    assert tagged.count('"short_id"') == 1
+    assert len(snapshots(repository, "ar:location:vm,nightly")) == 1
     write(tmp_path, status=3)
     blockferry("--config", file, "backup", "vm").refused(1, "before", "status 3")
     assert (tmp_path / "log").read_text().splitlines() == [
@@ -125,6 +146,28 @@ def test_a_location_called_like_the_volume_gives_hooks_tags_and_rules(tmp_path: 
         "before",
         "failure",
     ]
+
+
+@pytest.mark.thorough
+def test_a_real_autorestic_runs_the_hooks_in_the_same_order(tmp_path: Path, volume: Path) -> None:
+    restic_repository(tmp_path / "repository")
+    logs = []
+    for status in (0, 3):
+        file = write(tmp_path, status=status, text=FILE.replace("[/etc]", "[PLACE/vm.img]"))
+        of_autorestic = [autorestic(), "--ci", "-c", file, "backup", "-l", "vm"]
+        for words in (of_autorestic, command("--config", file, "backup", "vm")):
+            (tmp_path / "log").unlink(missing_ok=True)
+            subprocess.run(words, capture_output=True, check=False)
+            logs.append(re.sub(r"(after [0-9a-f]{8})[0-9a-f]*", r"\1", (tmp_path / "log").read_text()))
+    assert logs[2] == logs[3] == "prevalidate vm\nbefore\nfailure\n"
+    listed = snapshots(tmp_path / "repository", "ar:location:vm,nightly")
+    by_ids = "".join(f"prevalidate vm\nbefore\nafter {each['short_id']}\nsuccess\n" for each in listed)
+    assert logs[0] + logs[1] == by_ids
+
+
+def snapshots(repository: Path, tags: str) -> list[dict[str, str]]:
+    environment = os.environ | {"RESTIC_PASSWORD": SECRET}
+    return json.loads(run("restic", "-r", repository, "snapshots", "--tag", tags, "--json", env=environment))
 
 
 @pytest.mark.thorough

@@ -15,6 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from commands_support import PASSPHRASE, Depot, Done, new_depot
+from config_support import autorestic
 from export_support import MIB, SEGMENT, Host, job
 
 pytestmark = pytest.mark.root
@@ -227,3 +228,41 @@ def test_a_real_resticprofile_runs_the_job_and_what_it_stored_comes_back(
     configured.ferry("backup", volume, "--repo", reference, "--no-job", "--json").json()
     assert len(configured.ferry("snapshots", "--repo", reference, "--json").json()["snapshots"]) == 1
     assert len(depot.archives()) == 2
+
+
+@pytest.mark.thorough
+def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path: Path) -> None:
+    depot, file = new_depot("restic", tmp_path / "repository"), tmp_path / "autorestic.yml"
+    said = pasted(configured, "autorestic", "home")
+    location = said["locations"]["home"] | {"to": ["nas"]}
+    (of_success,) = location["hooks"]["success"]
+    location["hooks"]["success"] = [f"{of_success} --json >{tmp_path}/said"]
+    backends = {"nas": {"type": "local", "path": str(depot.path), "key": PASSPHRASE}}
+    with file.open("w") as opened:
+        YAML().dump(said | {"locations": {"home": location}, "backends": backends}, opened)
+
+    def run() -> int:
+        words = [autorestic(), "--ci", "-c", file, "backup", "-l", "home"]
+        env = os.environ | configured.env
+        return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
+
+    def read() -> int:
+        assert run() == 0
+        (released,) = json.loads((tmp_path / "said").read_text())["released"]
+        return int(released["bytes_read"])
+
+    assert read() > 48 * MIB
+    with volume.open("r+b") as changed:
+        changed.seek(40 * MIB)
+        changed.write(os.urandom(MIB))
+    assert read() == SEGMENT
+    stored = depot.archives()
+    assert len(stored) == 2
+    volume.rename(volume.with_name("gone.img"))
+    assert run() == 1
+    assert depot.archives() == stored
+    depot.stock("restore", stored[-1], "--target", tmp_path / "back")
+    found = next((tmp_path / "back").rglob("home.json")).parent
+    configured.ferry(
+        "verify", "latest", "--against", volume.with_name("gone.img"), "--repo", f"dir:{found}", "--json"
+    ).json()

@@ -279,10 +279,38 @@ def test_a_full_target_says_so_and_loses_nothing(restore: Hot, noise, tmp_path):
 def test_a_reader_that_hangs_is_replaced(restore: Hot, noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKFERRY_READ_PATIENCE", "3")
     restore.attach(*SLOWLY)
-    for number, line in restore.processes().items():
-        if "worker/__main__" in line:
-            os.kill(number, signal.SIGSTOP)
+    for number in readers(restore):
+        os.kill(number, signal.SIGSTOP)
     assert read(restore, LATE, 65536) == noise.read_bytes()[LATE : LATE + 65536]
     assert restore.status()["repository"] == "reachable"
     restore.detach()
     restore.assert_no_traces()
+
+
+@pytest.mark.parametrize("depot", ["borg"], indirect=True)
+def test_a_reader_that_hangs_before_it_reads_is_replaced(
+    restore: Hot, noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLOCKFERRY_READ_PATIENCE", "3")
+    restore.attach(*SLOWLY)
+    before = readers(restore)
+    for number in before:
+        os.kill(number, signal.SIGKILL)
+    stopping = threading.Thread(target=lambda: [os.kill(each, signal.SIGSTOP) for each in new_readers(restore, before)])
+    stopping.start()
+    assert read(restore, LATE, 65536) == noise.read_bytes()[LATE : LATE + 65536]
+    stopping.join()
+    restore.detach()
+    restore.assert_no_traces()
+
+
+def readers(restore: Hot) -> set[int]:
+    return {number for number, line in restore.processes().items() if "worker/__main__" in line}
+
+
+def new_readers(restore: Hot, known: set[int]) -> set[int]:
+    """Return the readers that are started next, as soon as there are any."""
+    give_up = time.monotonic() + 30
+    while not (found := readers(restore) - known):
+        assert time.monotonic() < give_up
+    return found
