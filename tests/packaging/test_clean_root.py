@@ -37,17 +37,21 @@ mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/tmp"
 mount --bind "$kept/archives" "$root/var/cache/apt/archives"
 mount --bind "$kept/pip" "$root/root/.cache/pip"
+# Not by chroot, in which udevadm does nothing.
+cd "$root"
+pivot_root . mnt
+umount --lazy /mnt
+cd /root/blockferry
 
 # The kernel keeps those of a test that was killed.
 detach_loop_devices() {
     losetup --list --noheadings --output NAME,BACK-MAJ:MIN | while read -r device filesystem; do
-        [ "$filesystem" != "$(mountpoint -d "$root/tmp")" ] || losetup --detach "$device"
+        [ "$filesystem" != "$(mountpoint -d /tmp)" ] || losetup --detach "$device"
     done
 }
 trap detach_loop_devices EXIT
 trap 'exit 143' TERM
-chroot "$root" env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    sh -c 'cd /root/blockferry && exec "$@"' sh "$@" &
+env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@" &
 wait $!
 """
 
