@@ -35,12 +35,20 @@ def restic_repository(path: Path) -> Path:
     return Path(shutil.copytree(_new_restic_repository(), path))
 
 
-def autorestic() -> str:
-    """Return the path of a real autorestic, or skip: no registry of packages has it."""
-    found = shutil.which("autorestic")
+def real(program: str, version: str) -> str:
+    """Return the path of another tool, or skip: no registry of packages has autorestic, nor a new resticprofile."""
+    found = shutil.which(program)
     if not found:
-        pytest.skip("autorestic is not installed: put one (1.8) on PATH")
+        pytest.skip(f"{program} is not installed: put one on PATH ({version} is known to do)")
     return found
+
+
+def real_autorestic() -> str:
+    return real("autorestic", "1.8.3")
+
+
+def real_resticprofile() -> str:
+    return real("resticprofile", "0.23.0")
 
 
 @dataclasses.dataclass

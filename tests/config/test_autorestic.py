@@ -16,7 +16,7 @@ from blockferry.config.reference import ForeignReference
 from blockferry.errors import UsageError
 from blockferry.manager import plugin_manager
 from commands_support import blockferry, command, run
-from config_support import SECRET, autorestic, restic_repository
+from config_support import SECRET, real_autorestic, restic_repository
 
 FILE = """\
 version: 2
@@ -99,7 +99,7 @@ def test_a_real_autorestic_finds_the_same(
     (tmp_path / ".autorestic.env").write_text(f"AUTORESTIC_A_RESTIC_PASSWORD={SECRET}\n")
     (tmp_path / "restic").write_text(f"#!/bin/sh\nexec env -0 >{tmp_path}/told\n")
     (tmp_path / "restic").chmod(0o755)
-    run(autorestic(), "--ci", "-c", file, "--restic-bin", tmp_path / "restic", "exec", "-b", "a", "--", "version")
+    run(real_autorestic(), "--ci", "-c", file, "--restic-bin", tmp_path / "restic", "exec", "-b", "a", "--", "version")
     told = dict(line.split("=", 1) for line in (tmp_path / "told").read_text().split("\0") if line)
     ours = environment(f"autorestic:{file}", **os.environ)
     assert (told["RESTIC_REPOSITORY"], told["RESTIC_PASSWORD"]) == (where, SECRET)
@@ -154,7 +154,7 @@ def test_a_real_autorestic_runs_the_hooks_in_the_same_order(tmp_path: Path, volu
     logs = []
     for status in (0, 3):
         file = write(tmp_path, status=status, text=FILE.replace("[/etc]", "[PLACE/vm.img]"))
-        of_autorestic = [autorestic(), "--ci", "-c", file, "backup", "-l", "vm"]
+        of_autorestic = [real_autorestic(), "--ci", "-c", file, "backup", "-l", "vm"]
         for words in (of_autorestic, command("--config", file, "backup", "vm")):
             (tmp_path / "log").unlink(missing_ok=True)
             subprocess.run(words, capture_output=True, check=False)

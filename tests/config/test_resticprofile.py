@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from blockferry.config.reference import ForeignReference
 from blockferry.config.resticprofile import profile_of
 from blockferry.errors import UsageError
-from commands_support import blockferry, run
-from config_support import SECRET, restic_repository
+from commands_support import blockferry, command, run
+from config_support import SECRET, real_resticprofile, restic_repository
 
 YAML = """\
 version: "1"
@@ -87,6 +88,19 @@ def test_a_plain_profile_gives_what_restic_is_to_find(tmp_path: Path, name: str,
     assert profile_of(named).values["run-before"] == lines
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "text"), [("profiles.yaml", YAML), ("profiles.toml", TOML), ("profiles.json", JSON)])
+def test_a_real_resticprofile_finds_the_same(repository: Path, name: str, text: str) -> None:
+    place = repository.parent
+    programs = "; ".join(f"{each}() {{ echo {each} >>{place}/log; }}; export -f {each}" for each in "abc")
+    reference = write(place, name, text)
+    words = [real_resticprofile(), "--no-ansi", "--config", f"{place / name}", "snapshots"]
+    run("bash", "-euc", f'{programs}; "$@"', "bash", *words)
+    named = ForeignReference.parse(reference)
+    assert named
+    assert (place / "log").read_text().split() == profile_of(named).values["run-before"]
+
+
 def test_env_files_commands_and_options_are_taken_over(tmp_path: Path) -> None:
     (tmp_path / "rest.env").write_text(
         f"# rest server\nexport RESTIC_REST_USERNAME=me\nRESTIC_REST_PASSWORD='{SECRET}'\n"
@@ -147,6 +161,7 @@ default:
   run-after-fail: ['echo fail profile $ERROR_EXIT_CODE >> PLACE/log']
   run-finally: ['echo finally profile >> PLACE/log']
   backup:
+    source: [PLACE/key]
     tag: [nightly]
     run-before: ['echo before backup >> PLACE/log; exit STATUS', 'echo second >> PLACE/log']
     run-after: ['echo after backup >> PLACE/log']
@@ -211,6 +226,21 @@ def test_the_first_command_that_fails_ends_it(repository: Path, volume: Path) ->
     assert blockferry("snapshots", "--repo", reference, "--json").json()["snapshots"] == []
     (place / "lock").touch()
     blockferry("backup", volume, "--repo", reference).refused(75, "locked")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_real_resticprofile_runs_the_commands_in_the_same_order(repository: Path, volume: Path, status: int) -> None:
+    place = repository.parent
+    reference = write(place, "p.yaml", JOB.replace("STATUS", str(status)))
+    logs = []
+    words = [real_resticprofile(), "--no-ansi", "--config", f"{place}/p.yaml", "backup"]
+    for each in (words, command("backup", volume, "--repo", reference)):
+        done = subprocess.run(each, capture_output=True, text=True, check=False)
+        assert bool(done.returncode) == bool(status), done.stdout + done.stderr
+        logs.append((place / "log").read_text().splitlines())
+        (place / "log").unlink()
+    assert logs[0] == logs[1]
 
 
 def test_a_forget_that_would_mix_volumes_with_files_is_refused(tmp_path: Path, volume: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from commands_support import PASSPHRASE, Depot, Done, new_depot
-from config_support import autorestic
+from config_support import real_autorestic, real_resticprofile
 from export_support import MIB, SEGMENT, Host, job
 
 pytestmark = pytest.mark.root
@@ -242,7 +242,7 @@ def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path
         YAML().dump(said | {"locations": {"home": location}, "backends": backends}, opened)
 
     def run() -> int:
-        words = [autorestic(), "--ci", "-c", file, "backup", "-l", "home"]
+        words = [real_autorestic(), "--ci", "-c", file, "backup", "-l", "home"]
         env = os.environ | configured.env
         return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
 
@@ -266,3 +266,27 @@ def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path
     configured.ferry(
         "verify", "latest", "--against", volume.with_name("gone.img"), "--repo", f"dir:{found}", "--json"
     ).json()
+
+
+@pytest.mark.thorough
+def test_a_new_resticprofile_takes_the_snippet_as_it_is(configured: Host, volume: Path, tmp_path: Path) -> None:
+    depot, file = new_depot("restic", tmp_path / "repository"), tmp_path / "profiles.yaml"
+    (tmp_path / "password").write_text(PASSPHRASE)
+    said = pasted(configured, "resticprofile", "home")
+    said["default"] |= {"repository": str(depot.path), "password-file": str(tmp_path / "password")}
+    with file.open("w") as opened:
+        YAML().dump(said, opened)
+
+    def run() -> int:
+        words = [real_resticprofile(), "--no-ansi", "--config", file, "backup"]
+        env = os.environ | configured.env
+        return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
+
+    assert run() == 0
+    (stored,) = depot.archives()
+    assert "/home.json" in depot.stock("ls", stored)
+    assert list(configured.at.iterdir()) == []
+    volume.rename(volume.with_name("gone.img"))
+    assert run() != 0
+    assert depot.archives() == [stored]
+    assert configured.is_idle()
