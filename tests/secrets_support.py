@@ -28,10 +28,12 @@ class Watch:
         while not self._end.is_set():
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
+                    environment = (process / "environ").read_bytes()
+                    # Afterwards: a process that becomes another one in between must not be taken for what it was.
                     line = (process / "cmdline").read_bytes()
                     if self.secret in line:
                         self.seen.add(line)
-                    if self.secret in (process / "environ").read_bytes():
+                    if self.secret in environment:
                         self.environments.add(line.replace(b"\0", b" ").decode())
             self.looks += 1
 

@@ -157,21 +157,21 @@ class Running:
 
         Not by SIGINT, which is ignored in everything that a shell without a terminal started in the background.
         """
-        self._terminate()
+        self.terminate()
         # It does not always get to say so. What it then did all the same is for `Repository.store` to undo.
         self._noticed.wait(_NOTICE)
 
     def stop(self) -> list[Any]:
         """End restic if it has not ended, gently first; return what it still said."""
         if self._process.poll() is None:
-            self._terminate()
+            self.terminate()
         said = list(self.messages())
         self._process.kill()
         self._process.wait()
         return said
 
-    def _terminate(self) -> None:
-        """Send SIGTERM, and set the time at which patience ends."""
+    def terminate(self) -> None:
+        """Send SIGTERM, if it has not ended, and set the time at which patience ends."""
         if self._deadline is None:
             self._deadline = time.monotonic() + _PATIENCE
         self._process.terminate()

@@ -150,7 +150,9 @@ class ResticRepository:
                     remedy="Nothing was kept; run the backup again.",
                 )
             advance(tree.segments.data_bytes - told)
-        except BaseException:
+        except BaseException as error:
+            running.terminate()
+            tree.source.give_up(error)  # restic ends when its reads do
             self._undo([summary, *running.stop()])
             raise
         return summary

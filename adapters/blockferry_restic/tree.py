@@ -28,7 +28,8 @@ _ROOT, _FIRST_FILE = 1, 3
 class SegmentTree:
     """A `blockferry.fuse.Tree` of one image's segments and the files beside them.
 
-    The first failure of a read is kept in `failure`, and `on_failure` is called before anything is answered.
+    The first failure of a read is kept in `failure`, and `on_failure` is called before anything is answered; then reads
+    that wait for others are told not to.
     """
 
     def __init__(self, source: Layer, segments: Segments, *, record: bytes, block_map: bytes, stamp: int) -> None:
@@ -116,3 +117,4 @@ class SegmentTree:
             if self.failure is None:
                 self.failure = error
                 self.on_failure()
+                self.source.give_up(error)

@@ -52,6 +52,9 @@ class Layer(Protocol):
         Reads ahead where that is faster. A yielded view is valid until the next step.
         """
 
+    def give_up(self, error: BaseException) -> None:
+        """Have reads that wait for others raise `error`: no other will come. From any thread."""
+
     def close(self) -> None:
         """Let go of files, processes and locks. Closing twice is allowed."""
 
@@ -74,6 +77,9 @@ class BaseLayer:
                 piece = buffer[: min(batch, start + length - offset)]
                 self.read_into(offset, piece)
                 yield offset, piece
+
+    def give_up(self, error: BaseException) -> None:
+        """No read waits for another."""
 
     def close(self) -> None:
         """Nothing to let go of."""

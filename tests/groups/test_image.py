@@ -195,3 +195,12 @@ def test_the_end_is_made_when_the_last_read_is_over_and_not_before() -> None:
         release.set()
         first.result(20)
         end.result(20)
+
+
+def test_whoever_waits_for_the_end_is_told_that_it_will_not_come() -> None:
+    image = make(File())
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(read, image, LATE[0], UNIT)
+        image.give_up(VolumeError("nobody reads on"))
+        with pytest.raises(VolumeError, match="nobody reads on"):
+            end.result(20)

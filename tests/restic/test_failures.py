@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from blockferry.errors import (
     ToolMissingError,
     VolumeError,
 )
+from blockferry.layers import BaseLayer
 from restic_support import MIB, PASSWORD, Image, content_of, mounts, open_repository, restic, store
 
 
@@ -47,6 +49,45 @@ def test_a_read_error_in_the_last_segment_leaves_no_snapshot(repository_path: Pa
     total = image.used.align(4 * MIB, image.size).total
     with pytest.raises(VolumeError):
         store(open_repository(repository_path), image, fails_at=total - 100)
+    assert archives(repository_path) == []
+
+
+class Waiting(BaseLayer):
+    """An image whose end waits for the rest of it, as a group's does; `fails` says whether the rest fails by itself."""
+
+    def __init__(self, image: Image, *, fails: bool) -> None:
+        self.size, self.extents = image.size, image.used
+        self.end = image.used.align(4 * MIB, image.size).end // (4 * MIB) * 4 * MIB - 4 * MIB
+        self.fails = fails
+        self.waited, self.given_up = threading.Event(), threading.Event()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset >= self.end:
+            self.waited.set()
+            assert self.given_up.wait(60), "nobody told who waits"
+            raise VolumeError("the rest never came")
+        if self.fails:
+            assert self.waited.wait(60)
+            raise VolumeError("the rest failed")
+
+    def give_up(self, error: BaseException) -> None:
+        self.given_up.set()
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["failed", "interrupted"])
+def test_a_read_that_waits_for_others_ends_with_them(repository_path: Path, image: Image, fails: bool) -> None:
+    repository, source = open_repository(repository_path), Waiting(image, fails=fails)
+
+    def advance(_count: int) -> None:
+        if not fails and source.waited.is_set():
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    record = image.record(None, repository.unit(image.size))
+    with pytest.raises(VolumeError if fails else KeyboardInterrupt):
+        repository.store(source, image.block_map(), record, bases=[], advance=advance)
+    assert time.monotonic() - began < 50
+    assert source.given_up.is_set()
     assert archives(repository_path) == []
 
 

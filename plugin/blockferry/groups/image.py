@@ -81,6 +81,10 @@ class GroupImage(BaseLayer):
             raise
         self._was_read(self._coverage.mark(offset, len(buffer)))
 
+    def give_up(self, error: BaseException) -> None:
+        """Have whoever waits for the end of the image fail: what it waits for is not read any more."""
+        self._coverage.fail(error)
+
     def _which(self, offset: int, length: int) -> slice:
         """Return the runs that lie in a stretch of the image, if only in part."""
         first = int(np.searchsorted(self._ends, offset, side="right"))
