@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_many_who_sync_at_once_share_and_nobody_returns_before_his_own_is_durabl
     def count() -> None:
         nonlocal synced
         synced += 1
+        time.sleep(0.001)  # nobody shares what takes no time, as on a tmpfs
 
     def work(worker: int) -> None:
         for number in range(200):
