@@ -234,7 +234,8 @@ def _mounted_on(point: Path) -> list[str]:
 
     The kernel's list is asked: looking at a dead one fails, which Path.is_mount hides since Python 3.12.
     """
-    return [mount.filesystem for mount in all_mounts() if mount.point == os.fspath(point)]
+    where = os.fspath(point.parent.resolve() / point.name)  # as the kernel has it, without symbolic links
+    return [mount.filesystem for mount in all_mounts() if mount.point == where]
 
 
 def _fusermount() -> str:
