@@ -27,8 +27,10 @@ class Watch:
     def _watch(self) -> None:
         while not self._end.is_set():
             for process in Path("/proc").glob("[0-9]*"):
+                environment = b""
                 with contextlib.suppress(OSError):
                     environment = (process / "environ").read_bytes()
+                with contextlib.suppress(OSError):
                     # Afterwards: a process that becomes another one in between must not be taken for what it was.
                     line = (process / "cmdline").read_bytes()
                     if self.secret in line:

@@ -230,6 +230,12 @@ def test_a_real_resticprofile_runs_the_job_and_what_it_stored_comes_back(
     assert len(depot.archives()) == 2
 
 
+def run(host: Host, *words: str) -> int:
+    """Run another tool's command on a host; return its exit code."""
+    env = os.environ | host.env
+    return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
+
+
 @pytest.mark.thorough
 def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path: Path) -> None:
     depot, file = new_depot("restic", tmp_path / "repository"), tmp_path / "autorestic.yml"
@@ -241,13 +247,10 @@ def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path
     with file.open("w") as opened:
         YAML().dump(said | {"locations": {"home": location}, "backends": backends}, opened)
 
-    def run() -> int:
-        words = [real_autorestic(), "--ci", "-c", file, "backup", "-l", "home"]
-        env = os.environ | configured.env
-        return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
+    words = [real_autorestic(), "--ci", "-c", str(file), "backup", "-l", "home"]
 
     def read() -> int:
-        assert run() == 0
+        assert run(configured, *words) == 0
         (released,) = json.loads((tmp_path / "said").read_text())["released"]
         return int(released["bytes_read"])
 
@@ -259,7 +262,7 @@ def test_a_real_autorestic_runs_the_job(configured: Host, volume: Path, tmp_path
     stored = depot.archives()
     assert len(stored) == 2
     volume.rename(volume.with_name("gone.img"))
-    assert run() == 1
+    assert run(configured, *words) == 1
     assert depot.archives() == stored
     depot.stock("restore", stored[-1], "--target", tmp_path / "back")
     found = next((tmp_path / "back").rglob("home.json")).parent
@@ -277,16 +280,12 @@ def test_a_new_resticprofile_takes_the_snippet_as_it_is(configured: Host, volume
     with file.open("w") as opened:
         YAML().dump(said, opened)
 
-    def run() -> int:
-        words = [real_resticprofile(), "--no-ansi", "--config", file, "backup"]
-        env = os.environ | configured.env
-        return subprocess.run(words, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
-
-    assert run() == 0
+    words = [real_resticprofile(), "--no-ansi", "--config", str(file), "backup"]
+    assert run(configured, *words) == 0
     (stored,) = depot.archives()
     assert "/home.json" in depot.stock("ls", stored)
     assert list(configured.at.iterdir()) == []
     volume.rename(volume.with_name("gone.img"))
-    assert run() != 0
+    assert run(configured, *words) != 0
     assert depot.archives() == [stored]
     assert configured.is_idle()

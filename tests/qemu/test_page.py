@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +87,9 @@ def bitmaps(nodes: list[dict[str, object]]) -> list[str]:
     return [
         bitmap["name"] for node in nodes if node["node-name"] == "disk0" for bitmap in node.get("dirty-bitmaps", [])
     ]
+
+
+def test_libvirts_domain_has_the_same_monitor() -> None:
+    domain = ElementTree.fromstring(PAGE.block("xml"))
+    words = [each.get("value") for each in domain.iter("{http://libvirt.org/schemas/domain/qemu/1.0}arg")]
+    assert " ".join(map(str, words)) in MACHINE

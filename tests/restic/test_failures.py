@@ -82,11 +82,9 @@ def test_a_read_that_waits_for_others_ends_with_them(repository_path: Path, imag
         if not fails and source.waited.is_set():
             raise KeyboardInterrupt
 
-    began = time.monotonic()
     record = image.record(None, repository.unit(image.size))
     with pytest.raises(VolumeError if fails else KeyboardInterrupt):
         repository.store(source, image.block_map(), record, bases=[], advance=advance)
-    assert time.monotonic() - began < 50
     assert source.given_up.is_set()
     assert archives(repository_path) == []
 
