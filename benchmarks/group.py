@@ -1,8 +1,9 @@
 """A group of many small files: blockferry, the stock tool on the same directories, and the floor, with a cold cache.
 
 The files are in 1,000 directories of an ext4 filesystem, and aged: some of them were deleted and written again, three
-times, so that neighbours in a directory lie apart on the disk. "Floor" is the stock tool storing one plain file of the
-same bytes. "first" stores all; before "second" one file in a hundred is written anew; "restore" brings all back.
+times, so that neighbours in a directory lie apart on the disk. The disk is a loop device without a cache: an image's
+pages that this host keeps, and reads ahead, are what no disk has. "Floor" is the stock tool storing one plain file of
+the same bytes. "first" stores all; before "second" one file in a hundred is written anew; "restore" brings all back.
 
 `reads` and `seek` are of the block device, by the kernel's tracepoint block_rq_issue: how many requests there were, and
 how far the head of a disk would have moved between them. The filesystem reads its own metadata by them too.
@@ -80,6 +81,7 @@ def main() -> None:
                 file.truncate(6 * GIB)
             subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image)], check=True)
             with measure.mounted(image, root / "volume") as mounted:
+                subprocess.run(["losetup", "--direct-io=on", device_of(mounted)], check=True)
                 for tool in options.tool or list(INIT):
                     compare(report, case, Place(root, tool, mounted / "tree", *CASES[case]), options)
     measure.finish(report, as_json=options.json)
@@ -92,9 +94,7 @@ def compare(report: measure.Report, case: str, place: Place, options: argparse.N
     configuration = place.root / "config.yaml"
     configuration.write_text(f"groups:\n  files: {{volume: {place.tree.parent}, paths: [{place.tree}]}}\n")
     os.environ["BLOCKFERRY_CONFIG"] = str(configuration)
-    device = subprocess.run(
-        ["findmnt", "-no", "SOURCE", str(place.tree.parent)], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    device = device_of(place.tree.parent)
     runs: dict[str, dict[str, list[Run]]] = {"first": {}, "second": {}, "restore": {}}
     for number in range(options.rounds):
         for step, contenders in steps(place).items():
@@ -169,6 +169,12 @@ def into_nothing(place: Place, words: list[str]) -> Run:
     """Run a command of ours that brings files back to where nothing is."""
     shutil.rmtree(place.root / "restored", ignore_errors=True)
     return measure.run([BLOCKFERRY, "--quiet", *words])
+
+
+def device_of(mounted: Path) -> str:
+    """Return the device that is mounted there."""
+    found = subprocess.run(["findmnt", "-no", "SOURCE", str(mounted)], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def make_files(place: Place) -> None:

@@ -13,6 +13,9 @@ KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "134217728", "MALLOC_MMAP_THRESHO
 """The environment of a process that makes and drops buffers of a chunk's size all the time, as borg does and a hot
 restore: glibc must not map and unmap each (mallopt(3))."""
 
+NO_ALGEBRA = {"OPENBLAS_NUM_THREADS": "1"}
+"""That of one that loads numpy, and multiplies no matrices: OpenBLAS starts no threads, which would spin."""
+
 
 class Packages(NamedTuple):
     """What a program comes with, in each family of systems."""

@@ -30,7 +30,7 @@ from typing import Any
 
 from blockferry import errors
 from blockferry.errors import BlockferryError, NotNowError
-from blockferry.programs import KEEP_FREED_MEMORY
+from blockferry.programs import KEEP_FREED_MEMORY, NO_ALGEBRA
 
 Answer = tuple[dict[str, Any], bytes]
 """What is said, and the bytes that go with it."""
@@ -177,7 +177,7 @@ def _environment(*, credentials: bool) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _SYSTEMDS}
     if not credentials:
         kept = {name: value for name, value in kept.items() if not _OF_REPOSITORIES.fullmatch(name)}
-    return kept | KEEP_FREED_MEMORY
+    return NO_ALGEBRA | kept | KEEP_FREED_MEMORY
 
 
 def wait_until_free(place: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -10,7 +13,25 @@ def main() -> NoReturn:
     """Run a command and leave with its exit code."""
     # Nothing has begun while the modules are read: Ctrl-C ends it there and then, without a traceback.
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from blockferry.cli.main import main as run_command  # noqa: PLC0415  # that is the point
+    with _no_algebra():
+        from blockferry.cli.main import main as run_command  # noqa: PLC0415  # that is the point
 
     signal.signal(signal.SIGINT, previous)
     run_command()
+
+
+@contextlib.contextmanager
+def _no_algebra() -> Iterator[None]:
+    """Have numpy's OpenBLAS, as it is loaded, start no threads: they spin beside a backup, and nobody multiplies.
+
+    What we start, such as the commands of a user's job, does not inherit that.
+    """
+    variable = "OPENBLAS_NUM_THREADS"
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[variable]

@@ -50,7 +50,9 @@ class GroupImage(BaseLayer):
         self.extents = packed.read.union(ExtentSet.from_pairs([packed.late, packed.table_place]))
         self.bytes_read = 0
         self._runs = packed.runs
-        self._ends = packed.runs["place"] + packed.runs["length"]
+        # Searched at every read: a column of `runs` would be copied for that each time.
+        self._starts = packed.runs["place"].copy()
+        self._ends = self._starts + packed.runs["length"]
         self._disk = disk
         self._read_file = read_file
         self._seal = seal
@@ -88,7 +90,7 @@ class GroupImage(BaseLayer):
     def _which(self, offset: int, length: int) -> slice:
         """Return the runs that lie in a stretch of the image, if only in part."""
         first = int(np.searchsorted(self._ends, offset, side="right"))
-        return slice(first, int(np.searchsorted(self._runs["place"], offset + length, side="left")))
+        return slice(first, int(np.searchsorted(self._starts, offset + length, side="left")))
 
     def _gaps(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Return the stretches of a buffer that no run fills."""

@@ -156,19 +156,22 @@ class SecondLook:
             self._next += len(rows)
             self._looking.append((rows, self._walker.look_again(self._seen(rows))))
 
-    def _seen(self, rows: list[int]) -> list[Seen]:
+    def _seen(self, rows: list[int]) -> Seen:
         """Return what was seen of files."""
         entries, pieces, ends = self._walked.entries, self._walked.pieces, self._walked.piece_ends
         numbers = np.array(rows)
         begins = np.where(numbers > 0, ends[numbers - 1], 0).tolist()
-        columns = [entries[column][numbers].tolist() for column in ("parent", "inode", "size", "ctime")]
-        name = self._table.name
-        return [
-            Seen(self._directory(parent) + name(row), inode, size, ctime, pieces[begin:end].tobytes())
-            for row, parent, inode, size, ctime, begin, end in zip(
-                rows, *columns, begins, ends[numbers].tolist(), strict=True
-            )
-        ]
+        parents, inodes, sizes, ctimes = (
+            entries[column][numbers].tolist() for column in ("parent", "inode", "size", "ctime")
+        )
+        names = self._table.names_of(numbers)
+        return Seen(
+            [self._directory(parent) + name for parent, name in zip(parents, names, strict=True)],
+            inodes,
+            sizes,
+            ctimes,
+            [pieces[begin:end].tobytes() for begin, end in zip(begins, ends[numbers].tolist(), strict=True)],
+        )
 
     def _directory(self, row: int) -> bytes:
         """Return the absolute path of a directory, with a slash at its end."""

@@ -92,6 +92,11 @@ class FileTable:
         """Return the last component of an entry's path."""
         return self.names[int(self.name_ends[row - 1]) if row else 0 : int(self.name_ends[row])]
 
+    def names_of(self, rows: Rows) -> list[bytes]:
+        """Return the last components of several entries' paths."""
+        begins = np.where(rows > 0, self.name_ends[rows - 1], 0).tolist()
+        return [self.names[begin:end] for begin, end in zip(begins, self.name_ends[rows].tolist(), strict=True)]
+
     def path(self, row: int) -> bytes:
         """Return an entry's path, relative to the group's root, whose own is empty."""
         parts: list[bytes] = []

@@ -17,7 +17,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -142,12 +142,12 @@ class Walker:
         """Wait until a write to an open file that is under way is over."""
         self._scanner.contents.pieces(descriptor, size, bytearray())
 
-    def look_again(self, files: Sequence[Seen]) -> Future[list[State]]:
+    def look_again(self, seen: Seen) -> Future[list[State]]:
         """Begin to find out of each file whether it is still what was seen of it."""
         if self._pool:
-            return self._pool.submit(_look_again, files)
+            return self._pool.submit(_look_again, seen)
         found: Future[list[State]] = Future()
-        found.set_result(self._scanner.look_again(files))
+        found.set_result(self._scanner.look_again(seen))
         return found
 
 
@@ -163,13 +163,15 @@ class State(enum.Enum):
 
 
 class Seen(NamedTuple):
-    """A regular file as it was seen: its absolute path, what `stat` said, and its pieces."""
+    """Regular files as they were seen, by column: that is sent to another process ten times as fast as by file."""
 
-    path: bytes
-    inode: int
-    size: int
-    ctime: int
-    pieces: bytes
+    paths: list[bytes]
+    """Absolute."""
+    inodes: list[int]
+    sizes: list[int]
+    ctimes: list[int]
+    pieces: list[bytes]
+    """Of each file, PIECE each."""
 
 
 _scanner: _Scanner | None = None
@@ -181,10 +183,10 @@ def _take(scanner: _Scanner) -> None:
     _scanner = scanner
 
 
-def _look_again(files: Sequence[Seen]) -> list[State]:
+def _look_again(seen: Seen) -> list[State]:
     if _scanner is None:
         raise RuntimeError("this process was not told what to walk")
-    return _scanner.look_again(files)
+    return _scanner.look_again(seen)
 
 
 def _scan(directories: list[tuple[int, bytes]]) -> _Fragment:
@@ -247,26 +249,26 @@ class _Scanner:
                 os.close(descriptor)
         return into.fragment()
 
-    def look_again(self, files: Sequence[Seen]) -> list[State]:
+    def look_again(self, seen: Seen) -> list[State]:
         """Return, for each file, whether it is still what was seen of it."""
-        return [self._state(each) for each in files]
+        return [self._state(*each) for each in zip(*seen, strict=True)]
 
-    def _state(self, seen: Seen) -> State:
+    def _state(self, path: bytes, inode: int, size: int, ctime: int, pieces: bytes) -> State:
         """Look at one file again."""
         try:
-            descriptor = self.contents.open(seen.path, None)
+            descriptor = self.contents.open(path, None)
         except OSError as error:
             return State.GONE if error.errno in GONE_ERRORS else State.MOVED
         try:
             facts = os.fstat(descriptor)
-            if facts.st_ino != seen.inode or not stat.S_ISREG(facts.st_mode):
+            if facts.st_ino != inode or not stat.S_ISREG(facts.st_mode):
                 return State.MOVED
             now = bytearray()
             self.contents.pieces(descriptor, facts.st_size, now, own=facts.st_dev == self.device)
-            same_bytes, same_places = compare(seen.pieces, bytes(now))
+            same_bytes, same_places = compare(pieces, bytes(now))
             if not same_places:
                 return State.MOVED
-            untouched = (facts.st_ctime_ns, facts.st_size) == (seen.ctime, seen.size)
+            untouched = (facts.st_ctime_ns, facts.st_size) == (ctime, size)
             return State.SAME if untouched and same_bytes else State.WRITTEN
         except OSError:
             return State.MOVED
