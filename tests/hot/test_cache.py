@@ -19,8 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from blockferry.errors import DamagedSnapshotError, RepositoryError
 from blockferry.extents import ExtentSet
 from blockferry.hot import source
+from blockferry.hot.activity import Activity
 from blockferry.hot.attachment import Attachment
-from blockferry.hot.cache import Activity, TargetCache
+from blockferry.hot.cache import TargetCache
+from blockferry.hot.hydration import Hydration
 from blockferry.hot.source import Source, UnavailableError
 from blockferry.hot.state import StateMap
 from blockferry.hot.target import HotTarget
@@ -362,3 +364,48 @@ def test_who_waits_for_the_repository_is_known_for_a_moment():
         assert activity.has_fetched(0)
     assert activity.has_fetched(60)
     assert not activity.has_fetched(0)
+
+
+def test_what_follows_a_read_in_sequence_is_fetched_before_it_is_missed(rig: Rig) -> None:
+    for number in range(3):
+        rig.cache.fill(number, rig.cache.source.get(number))
+    hydration = Hydration(rig.cache, threads=1, rate=0)
+    hydration.start()
+    try:
+        read(rig.cache, 2 * UNIT, BLOCK)
+        time.sleep(0.2)
+        assert not rig.cache.is_whole(3)
+        # As the kernel cuts and mixes them up: all there are.
+        for number in [0, 2, 1]:
+            read(rig.cache, number * UNIT, BLOCK)
+        deadline = time.monotonic() + 20
+        while not hydration.complete.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert hydration.complete.is_set()
+    finally:
+        hydration.stop()
+
+
+def test_reads_go_on_in_sequence_if_they_are_a_little_ahead():
+    activity = Activity()
+    assert [activity.reads_on(number) for number in [10, 11, 11, 13, 12, 16, 21, 20]] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_of_what_is_wanted_the_latest_is_told_once():
+    activity = Activity()
+    activity.will_follow(3)
+    activity.will_follow(4)
+    activity.missed(9)
+    assert activity.wanting.is_set()
+    assert activity.take() == (4, 9)
+    assert not activity.wanting.is_set()
+    assert activity.take() == (-1, -1)

@@ -26,11 +26,11 @@ import dataclasses
 import logging
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from blockferry.errors import BlockferryError
+from blockferry.hot.activity import Activity
 from blockferry.hot.attachment import Attachment
 from blockferry.hot.source import Source
 from blockferry.hot.state import Bits, StateMap, runs
@@ -44,6 +44,8 @@ LOCKS = 64
 """Unit N has lock N % LOCKS."""
 _WRITTEN_THROUGH = 64 << 10
 """Gaps between what the snapshot used that are cheaper to write zeros to than to leave out, in bytes."""
+_AHEAD = 16 << 20
+"""Bytes."""
 _WAITING_TO_BE_WRITTEN = 16
 """Units that were read for somebody and are not on the target yet; more make the readers wait."""
 
@@ -73,44 +75,6 @@ class RestoreCache(Protocol):
         """Make all durable and let go of files."""
 
 
-class Activity:
-    """What the disk's user does: hydration stands back while there is any, and goes first where it would read next."""
-
-    def __init__(self) -> None:
-        self.latest = 0.0
-        self._next_expected = -1
-        self._lock = threading.Lock()
-        self._fetching = 0
-        self._fetched = 0.0
-        self.wanted: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
-        """Units that were just missed, and whether they were asked for in sequence."""
-
-    def note(self) -> None:
-        """Somebody uses the disk."""
-        self.latest = time.monotonic()
-
-    def missed(self, number: int) -> None:
-        """Somebody reads a unit that has to be fetched."""
-        self.wanted.put((number, number == self._next_expected))
-        self._next_expected = number + 1
-
-    @contextlib.contextmanager
-    def fetching(self) -> Iterator[None]:
-        """Somebody waits for the repository, for the length of the context."""
-        with self._lock:
-            self._fetching += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._fetching -= 1
-                self._fetched = time.monotonic()
-
-    def has_fetched(self, within: float) -> bool:
-        """Tell whether somebody waits for the repository, or did so within the last seconds."""
-        return self._fetching > 0 or time.monotonic() - self._fetched < within
-
-
 class TargetCache:
     """A restore cache whose blocks end up on the target. Implements `RestoreCache`."""
 
@@ -127,6 +91,8 @@ class TargetCache:
         self.source, self.target, self.state = source, target, state
         self.size = source.size
         self.unit = source.unit
+        self.ahead = max(_AHEAD // source.unit, 1)
+        """Units that are fetched early for somebody who reads in sequence."""
         self.activity = Activity()
         self._zeros_are_content = zeros_are_content
         self._used = source.used.coalesce(_WRITTEN_THROUGH)
@@ -143,7 +109,10 @@ class TargetCache:
         """Fill the buffer from the target, and from the repository what is not there yet."""
         self.activity.note()
         for start, piece in by_unit(offset, buffer, self.unit):
-            if self._whole[start // self.unit]:
+            number = start // self.unit
+            if self.activity.reads_on(number) and self._lacks_after(number):
+                self.activity.will_follow(number)
+            if self._whole[number]:
                 self.target.read_into(start, piece)
             else:
                 self._read_part(start, piece)
@@ -249,6 +218,10 @@ class TargetCache:
                     self._fill_run(first, content[first - start : first - start + size])
             self._mark(self.state.present, start, length)
             self._whole[number] = 1
+
+    def _lacks_after(self, number: int) -> bool:
+        """Tell whether anything of what somebody who reads on is about to need is not there."""
+        return self._whole.find(0, number + 1, number + 1 + self.ahead) >= 0
 
     # -- within a unit -------------------------------------------------------------------------------------------------
 

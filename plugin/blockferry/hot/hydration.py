@@ -24,8 +24,6 @@ _WINDOW = 8 << 20
 """Bytes that are read at a time: a few units, so that asking for them costs little."""
 _STEP = 1 << 20
 """The same while somebody uses the disk, or waits."""
-_AHEAD = 16 << 20
-"""How far ahead of somebody who reads in sequence, and around who does not."""
 _IN_USE = 0.1
 """Seconds since the last request for which the disk counts as in use."""
 _SHARE = 1 / 8
@@ -93,7 +91,7 @@ class Hydration:
                 self._taken.update(range(first, end))
             began = time.monotonic()
             if first == end:
-                self._stop.wait(0.02)
+                self.cache.activity.wanting.wait(0.02)
                 continue
             try:
                 self._fill(first, end)
@@ -108,7 +106,7 @@ class Hydration:
 
     def _next(self, *, alone: bool) -> tuple[int, int, bool]:
         """Return units to fill, and whether somebody is about to need them; (0, 0) if there are none now."""
-        self._look_at_misses()
+        self._look_at_reads()
         first, end = self._from(self._urgent)
         if first < end:
             return first, end, True
@@ -138,17 +136,17 @@ class Hydration:
         """Tell whether a unit is missing, and used like another: then both can be filled in one go."""
         return not self._is_done(number) and self.cache.is_used(number) == self.cache.is_used(first)
 
-    def _look_at_misses(self) -> None:
-        """Queue what follows a miss; only the latest ones count."""
-        ahead = max(_AHEAD // self.cache.unit, 1)
+    def _look_at_reads(self) -> None:
+        """Queue what follows the latest read in sequence, and the latest miss."""
+        followed, missed = self.cache.activity.take()
+        if followed >= 0:
+            self._urgent = collections.deque(self._following(followed))
+        if missed >= 0:
+            self._near = collections.deque(self._following(missed))
+
+    def _following(self, number: int) -> range:
         last = -(-self.cache.size // self.cache.unit)
-        while not self.cache.activity.wanted.empty():
-            number, in_sequence = self.cache.activity.wanted.get()
-            following = range(number + 1, min(number + 1 + ahead, last))
-            if in_sequence:
-                self._urgent = collections.deque(following)
-            else:
-                self._near = collections.deque(following)
+        return range(number + 1, min(number + 1 + self.cache.ahead, last))
 
     def _in_order(self, most: int) -> tuple[int, int]:
         """Return the next run of units that are missing, of at most `most`."""
