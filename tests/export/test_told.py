@@ -48,6 +48,7 @@ def test_a_job_that_read_everything_is_a_success_of_each(host: Host, tmp_path: P
         assert figure(host, "tier", each["name"], "used") == 1
         assert figure(host, "duration_seconds", each["name"]) == said["seconds"] > 0
     assert figure(host, "tracker_ready", "home") == 1
+    assert [labels for name, labels in samples(host) if name.endswith("_problem_files")] == [("mail", "export:")]
 
 
 def test_a_job_that_failed_or_could_not_begin_is_a_failure(host: Host, volume: Path) -> None:

@@ -26,7 +26,7 @@ class View:
     the volume.
     """
 
-    def __init__(self, shown: Shown, layer: Layer, check: Callable[[], None], *, problems: int = 0) -> None:
+    def __init__(self, shown: Shown, layer: Layer, check: Callable[[], None], *, problems: int | None = None) -> None:
         """Take what is shown, its bytes, and what raises BlockferryError when they do not hold still.
 
         Of a group, so many `problems` with its files are known.
@@ -100,6 +100,5 @@ class View:
             "bytes_changed": record.bytes_changed,
             "bytes_new": self.changed,
             "bytes_read": self.bytes_read,
-            "problems": self.problems,
             "failure": self.failure,
-        }
+        } | ({} if self.problems is None else {"problems": self.problems})
