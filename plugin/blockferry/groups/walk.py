@@ -163,7 +163,7 @@ class State(enum.Enum):
 
 
 class Seen(NamedTuple):
-    """Regular files as they were seen, by column: that is sent to another process ten times as fast as by file."""
+    """Regular files as they were seen, by column: to another process these are sent faster than objects."""
 
     paths: list[bytes]
     """Absolute."""

@@ -45,7 +45,7 @@ LOCKS = 64
 _WRITTEN_THROUGH = 64 << 10
 """Gaps between what the snapshot used that are cheaper to write zeros to than to leave out, in bytes."""
 _AHEAD = 16 << 20
-"""Bytes."""
+"""How many bytes are fetched ahead of somebody who reads in sequence, and around who does not."""
 _WAITING_TO_BE_WRITTEN = 16
 """Units that were read for somebody and are not on the target yet; more make the readers wait."""
 
