@@ -26,12 +26,12 @@ def _no_algebra() -> Iterator[None]:
 
     What we start, such as the commands of a user's job, does not inherit that.
     """
-    variable = "OPENBLAS_NUM_THREADS"
-    if variable in os.environ:
-        yield
-        return
-    os.environ[variable] = "1"
+    from blockferry.programs import NO_ALGEBRA  # noqa: PLC0415  # as little as can be, before Ctrl-C is seen to
+
+    missing = {name: value for name, value in NO_ALGEBRA.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
         yield
     finally:
-        del os.environ[variable]
+        for name in missing:
+            del os.environ[name]
